@@ -1,0 +1,108 @@
+"""Every private touch point of diffusers, in one place; `tests/genkit/test_host.py` has a version test for each."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_ready(scheduler: Any) -> bool:
+    """Whether `set_timesteps` was called. DDPM forgets the number of steps when it is given custom timesteps."""
+    return getattr(scheduler, "num_inference_steps", None) is not None or getattr(scheduler, "custom_timesteps", False)
+
+
+def begin(scheduler: Any) -> None:
+    """Start at entry 0 of `timesteps`, and do not let `step` complain about an input that was scaled elsewhere.
+
+    Left alone, a scheduler looks its first timestep up and starts at the second entry where rounding made the first two equal.
+    """
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    if hasattr(scheduler, "is_scale_input_called"):
+        scheduler.is_scale_input_called = True
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Flow matching: `FlowMatch*` schedulers, which have sigmas but neither betas nor a scaled model input."""
+    return hasattr(scheduler, "sigmas") and not hasattr(scheduler, "alphas_cumprod") and not hasattr(scheduler, "scale_model_input")
+
+
+def is_preconditioned(scheduler: Any) -> bool:
+    """EDM: the scheduler scales the network's input and output itself (Karras et al. 2022, table 1)."""
+    return hasattr(scheduler, "precondition_outputs")
+
+
+def takes_variance(scheduler: Any) -> bool:
+    """Whether `step` wants the learned variance behind the prediction. DPM-Solvers throw it away, and only if it has 3 channels."""
+    return hasattr(scheduler, "_get_variance") and str(scheduler.config.get("variance_type")).startswith("learned")
+
+
+def is_second_order(scheduler: Any) -> bool:
+    """Heun, KDPM2, DPM-SDE: two network evaluations a step, counted in `timesteps`."""
+    return hasattr(type(scheduler), "state_in_first_order")
+
+
+def evaluation_orders(scheduler: Any) -> list[int]:
+    """1 or 2 for each entry of `timesteps`."""
+    count = len(scheduler.timesteps)
+    return [1 + i % 2 for i in range(count)] if is_second_order(scheduler) else [1] * count
+
+
+def evaluation_sigmas(scheduler: Any) -> list[float] | None:
+    """The sigma at which the network is evaluated at each entry of `timesteps`; None for abar-indexed schedulers.
+
+    KDPM2 evaluates at interpolated sigmas in its second stage, DPM-SDE at the geometric mean of two.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    # Consistency and score-SDE schedulers have sigmas too, but precondition in their own ways.
+    known = hasattr(scheduler, "alphas_cumprod") or is_flow(scheduler) or is_preconditioned(scheduler)
+    if not known or not isinstance(sigmas, Tensor):
+        return None
+    values = sigmas.double().tolist()
+    if not is_second_order(scheduler):
+        return values
+    name = type(scheduler).__name__
+    if name == "KDPM2DiscreteScheduler":
+        middle = scheduler.sigmas_interpol.double().tolist()
+    elif name == "KDPM2AncestralDiscreteScheduler":
+        middle = [0.0, *scheduler.sigmas_interpol.double().tolist()]
+    elif name == "DPMSolverSDEScheduler":
+        middle = [0.0] + [(a * b) ** 0.5 for a, b in itertools.pairwise(values)]
+    else:
+        middle = values
+    return [middle[i] if i % 2 else values[i] for i in range(len(scheduler.timesteps))]
+
+
+def alpha_sigma(scheduler: Any, sigma: float) -> tuple[float, float]:
+    """(alpha, sigma) of a schedule's sigma."""
+    if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
+        alpha, std = scheduler._sigma_to_alpha_sigma_t(torch.tensor(sigma, dtype=torch.float64))
+        return float(alpha), float(std)
+    return (1 - sigma, sigma) if is_flow(scheduler) else (1.0, sigma)
+
+
+def alphas_cumprod(scheduler: Any) -> Tensor:
+    """The table of abar, or a clear error for a scheduler of no known family."""
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(table, Tensor):
+        raise ValueError(
+            f"{type(scheduler).__name__} is not supported: its noise levels follow no known convention. "
+            "Use a DDIM, DPM-Solver, Euler or flow-matching scheduler."
+        )
+    return table
+
+
+def is_offloaded(pipe: Any) -> bool:
+    """Whether any component has an accelerate hook or group offloading that moves its weights."""
+    if getattr(pipe, "_all_hooks", None) or getattr(pipe, "_offload_gpu_id", None) is not None:
+        return True
+    modules = [c for c in pipe.components.values() if isinstance(c, torch.nn.Module)]
+    return any(hasattr(m, "_hf_hook") or _is_group_offloaded(m) for m in modules)
+
+
+def _is_group_offloaded(module: torch.nn.Module) -> bool:
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook("group_offloading") is not None

@@ -1,0 +1,171 @@
+"""Is a model folder safe and whole? Answered from file headers, before anything is loaded.
+
+    safe     weights are safetensors; a pickle is refused unless it was asked for
+    whole    no file is truncated, every component has weights, and shapes are those of the configuration
+
+The last check builds each component on the meta device (no memory), so it imports torch and diffusers; the others do not.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = (".safetensors",)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Components of a pipeline that carry no weights, by the end of their class name.
+_WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor", "ProcessorFast")
+
+
+def check_folder(path: str | Path, allow_pickle: bool = False, *, shapes: bool = True) -> None:
+    """Check a diffusers pipeline folder (`model_index.json`) or a model folder (`config.json`).
+
+    Args:
+        allow_pickle: accept `.bin` weights where a component has nothing else; they must be loaded with `weights_only=True`.
+        shapes: compare tensor shapes with the configuration too (imports torch and diffusers).
+
+    Raises:
+        FileNotFoundError: the folder is missing, or is no model folder.
+        ValueError: a component is missing, a checkpoint is truncated, is not safetensors, lacks tensors or has wrong shapes.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(path)!r}.")
+    for component, (library, class_name) in _components(folder).items():
+        if class_name.endswith(_WEIGHTLESS):
+            _require_folder(component)
+            continue
+        tensors = _tensors(component, allow_pickle)
+        if shapes and tensors is not None:
+            _check_shapes(component, library, class_name, tensors)
+
+
+def _components(folder: Path) -> dict[Path, tuple[str, str]]:
+    """(library, class) of each component folder; the folder itself for a single model."""
+    if (folder / "model_index.json").is_file():
+        index = _read_json(folder / "model_index.json")
+        # [library, class] is a component, [null, null] one that is left out, anything else a setting.
+        return {folder / k: (v[0], v[1]) for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0] and v[1]}
+    if (folder / "config.json").is_file():
+        config = _read_json(folder / "config.json")
+        if "_class_name" in config:
+            return {folder: ("diffusers", config["_class_name"])}
+        return {folder: ("transformers", (config.get("architectures") or ["AutoModel"])[0])}
+    raise FileNotFoundError(f"{str(folder)!r} is no model folder: it has neither model_index.json nor config.json.")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(file)!r} is not JSON ({error}). The model folder is damaged: download or train it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(file)!r} is not a JSON object. The model folder is damaged: download or train it again.")
+    return content
+
+
+def _require_folder(component: Path) -> None:
+    if not component.is_dir():
+        raise ValueError(f"The model's component {component.name!r} is missing: there is no folder {str(component)!r}.")
+
+
+def _tensors(component: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of a component's tensors, from safetensors headers; None if it is an accepted pickle."""
+    _require_folder(component)
+    files = sorted(p for p in component.iterdir() if p.suffix in WEIGHTS)
+    if not files:
+        pickles = sorted(p.name for p in component.iterdir() if p.suffix in PICKLES)
+        if not pickles:
+            raise ValueError(f"The model's component {component.name!r} has no weights: there is no safetensors file in {str(component)!r}.")
+        if not allow_pickle:
+            raise ValueError(
+                f"The weights {str(component / pickles[0])!r} are a pickle, which can run code when it is loaded. "
+                "Convert them to safetensors, or pass --allow-pickle (allow_pickle=True) if you trust their source."
+            )
+        return None
+    shards = [component / name for index in component.glob("*.safetensors.index.json") for name in _shards(index)]
+    missing = [file.name for file in shards if file not in files]
+    if missing:
+        raise ValueError(f"The weights {str(component)!r} lack the shard {missing[0]!r}. Download the model again.")
+    tensors: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        tensors |= read_shapes(file)
+    return tensors
+
+
+def _shards(index: Path) -> set[str]:
+    return set(_read_json(index).get("weight_map", {}).values())
+
+
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a safetensors file; reads its header only.
+
+    Raises:
+        ValueError: truncated, or not safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as weights:
+            return {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights {str(file)!r} are truncated or not safetensors ({error}). Download or train the model again."
+        ) from error
+
+
+def _check_shapes(component: Path, library: str, class_name: str, tensors: dict[str, tuple[int, ...]]) -> None:
+    """Compare with the component built from its configuration on the meta device."""
+    model = _on_meta(component, library, class_name)
+    if model is None:
+        return
+    for name, tensor in model.state_dict().items():
+        shape = tensors.get(name, tuple(tensor.shape))
+        if shape != tuple(tensor.shape):
+            raise ValueError(
+                f"The weights of {component.name!r} do not fit its configuration: {name} is {shape} but must be {tuple(tensor.shape)}. "
+                f"Check config.json in {str(component)!r}, or get the model again."
+            )
+    # Libraries rename tensors when they load old files, so it is sizes, not names, that say whether something is missing.
+    expected, found = sum(p.numel() for p in model.parameters()), sum(_numel(s) for s in tensors.values())
+    if found < expected:
+        raise ValueError(
+            f"The weights of {component.name!r} have {found:,} numbers but its configuration needs {expected:,}. "
+            f"Check config.json in {str(component)!r}, or get the model again."
+        )
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def _on_meta(component: Path, library: str, class_name: str) -> Any:
+    """The component without memory; None if its class cannot be told or its weights are quantised (packed shapes)."""
+    import torch
+
+    cls = _find_class(library, class_name)
+    if cls is None or "quantization_config" in _read_json(component / "config.json"):
+        return None
+    with torch.device("meta"):
+        if hasattr(cls, "load_config"):  # diffusers
+            return cls.from_config(cls.load_config(component))
+        return cls(cls.config_class.from_pretrained(component))
+
+
+def _find_class(library: str, class_name: str) -> Any:
+    """A class of diffusers, transformers or genkit; nothing else is imported on a file's word."""
+    if library not in ("diffusers", "transformers"):
+        return None
+    import diffusers
+    import transformers
+
+    import genkit.classifiers
+
+    for module in (diffusers if library == "diffusers" else transformers, genkit.classifiers):
+        if hasattr(module, class_name):
+            return getattr(module, class_name)
+    return None

@@ -1,0 +1,46 @@
+"""Sana: a linear-attention transformer on 32-fold compressed latents, rectified flow, a Gemma text encoder.
+
+Xie et al., SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Transformers, 2024, arXiv 2410.10629.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+
+from genkit.denoisers.text import TextDenoiser
+from genkit.levels import Level
+
+
+class SanaDenoiser(TextDenoiser):
+    """Tensors: `prompt_embeds` (B, L, D), `prompt_attention_mask` (B, L).
+
+    Options: `max_sequence_length`, `clean_caption`, and `complex_human_instruction`: the text in front of each prompt (not of the
+    negative ones), by default the pipeline's own, "" for none.
+    """
+
+    family = "Sana"
+    classes = ("SanaPipeline",)
+    inputs = ("prompt_embeds", "prompt_attention_mask")
+    options = ("max_sequence_length", "clean_caption", "complex_human_instruction")
+
+    def _encode(self, prompts: list[str], negative: bool, options: dict[str, Any]) -> dict[str, Tensor]:
+        instruction = options.get("complex_human_instruction", self._instruction())
+        lines = [] if negative else instruction.split("\n")
+        options = options | {"complex_human_instruction": lines if any(lines) else None}
+        embeds, mask, _, _ = self.pipe.encode_prompt(prompts, False, device=self.device, **options)
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def _instruction(self) -> str:
+        """The instruction that the pipeline's `__call__` has by default."""
+        return "\n".join(inspect.signature(self.pipe.__call__).parameters["complex_human_instruction"].default)
+
+    def _forward(self, z: Tensor, level: Level, tensors: dict[str, Tensor]) -> Tensor:
+        return self.network(
+            z,
+            timestep=self._time(z, level) * self.network.config.timestep_scale,
+            encoder_hidden_states=tensors["prompt_embeds"],
+            encoder_attention_mask=tensors["prompt_attention_mask"],
+        ).sample

@@ -1,0 +1,162 @@
+"""Runs recipes on a pipeline, in batches. Each image is a function of its recipe alone, whatever the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from genkit import samplers, zoo
+from genkit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from genkit.guidance import Guidance
+    from genkit.pipelines import GuidedPipeline
+
+Progress = Callable[[float], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a recipe: an image, or an error.
+
+    Args:
+        seconds: time for the image (that of its batch, divided by the batch's size).
+        scheduler: class and configuration of the scheduler that was used.
+    """
+
+    recipe: Recipe
+    image: Image | None
+    error: str | None
+    seconds: float
+    scheduler: dict[str, Any]
+
+
+def load(model: str, *, dtype: str = "float32", device: str = "cpu", allow_pickle: bool = False) -> GuidedPipeline:
+    """The pipeline for recipes of a model, on a device. An embedded name wins over a folder of the same name.
+
+    Raises:
+        ValueError, OSError: see `GuidedPipeline.from_pretrained`.
+    """
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from genkit.pipelines import GuidedPipeline
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    folder = zoo.path(model) if model in zoo.names() else model
+    pipe = GuidedPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), allow_pickle=allow_pickle)
+    pipe.host.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def run(pipe: GuidedPipeline, recipes: Sequence[Recipe], *, batch_size: int = 16, progress: Progress | None = None) -> Iterator[Outcome]:
+    """Run recipes of one model; yields each outcome as soon as it is there, settings by settings.
+
+    A batch that fails with NaN or infinity is repeated one by one, so that one bad image costs no other.
+
+    Args:
+        progress: called with the number of images (a fraction) that was done since the last call.
+
+    Raises:
+        ValueError: a recipe does not fit the model. What was yielded before is good.
+    """
+    groups: dict[Recipe, list[Recipe]] = {}
+    for recipe in recipes:
+        groups.setdefault(_settings(recipe), []).append(recipe)
+    for settings, members in groups.items():
+        guidance = _guidance(pipe, settings)
+        for start in range(0, len(members), batch_size):
+            yield from _run_or_split(pipe, members[start : start + batch_size], guidance, progress)
+
+
+def run_batch(pipe: GuidedPipeline, recipes: Sequence[Recipe]) -> list[Image]:
+    """The images of recipes that differ only in seed, prompt and label, as one batch.
+
+    Raises:
+        ValueError: the recipes differ elsewhere, or do not fit the model.
+        FloatingPointError: the run became NaN or infinite.
+    """
+    settings = {_settings(recipe) for recipe in recipes}
+    if len(settings) != 1:
+        raise ValueError(f"A batch needs recipes that differ only in seed, prompt and label; got {len(settings)} kinds of settings.")
+    return _sample(pipe, recipes, _guidance(pipe, settings.pop()), None)[0]
+
+
+def _settings(recipe: Recipe) -> Recipe:
+    """What recipes of one batch must share."""
+    return dataclasses.replace(
+        recipe,
+        seed=0,
+        prompt=None if recipe.prompt is None else "",
+        label=None if recipe.label is None else 0,
+    )
+
+
+def _guidance(pipe: GuidedPipeline, settings: Recipe) -> Guidance | None:
+    from genkit.guidance.registry import parse
+
+    parts = [parse(spec, pipe) for spec in settings.guidance]
+    return functools.reduce(operator.add, parts) if parts else None
+
+
+def _run_or_split(
+    pipe: GuidedPipeline, recipes: list[Recipe], guidance: Guidance | None, progress: Progress | None
+) -> Iterator[Outcome]:
+    began = time.perf_counter()
+    try:
+        images, scheduler = _sample(pipe, recipes, guidance, progress)
+    except FloatingPointError as error:
+        if len(recipes) > 1:
+            for recipe in recipes:
+                yield from _run_or_split(pipe, [recipe], guidance, None)
+        else:
+            yield Outcome(recipes[0], None, str(error), time.perf_counter() - began, {})
+        return
+    seconds = (time.perf_counter() - began) / len(recipes)
+    for recipe, image in zip(recipes, images, strict=True):
+        yield Outcome(recipe, image, None, seconds, scheduler)
+
+
+def _sample(
+    pipe: GuidedPipeline, recipes: Sequence[Recipe], guidance: Guidance | None, progress: Progress | None
+) -> tuple[list[Image], dict[str, Any]]:
+    """Images and the scheduler's description; the pipeline keeps its own scheduler."""
+    first, own = recipes[0], pipe.scheduler
+
+    def advance(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
+        if progress is not None:
+            progress(len(recipes) / len(pipe.scheduler.timesteps))
+
+    try:
+        if first.sampler is not None:
+            pipe.scheduler = samplers.build(first.sampler, own)
+        images = pipe(
+            prompt=None if first.prompt is None else [recipe.prompt or "" for recipe in recipes],
+            negative_prompt=None if first.negative is None else [first.negative] * len(recipes),
+            class_labels=None if first.label is None else [r.label for r in recipes if r.label is not None],
+            height=first.height,
+            width=first.width,
+            num_inference_steps=first.steps,
+            guidance_scale=first.cfg,
+            seeds=[recipe.seed for recipe in recipes],
+            guidance=guidance,
+            eta=first.eta,
+            callback_on_step_end=advance,
+        ).images
+        return images, {"class": type(pipe.scheduler).__name__, "config": _plain(pipe.scheduler.config)}
+    finally:
+        pipe.scheduler = own
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A diffusers configuration as JSON values, without its private entries."""
+    plain = (str, int, float, bool, list, type(None))
+    return {key: value if isinstance(value, plain) else str(value) for key, value in config.items() if not key.startswith("_")}

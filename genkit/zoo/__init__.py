@@ -1,0 +1,69 @@
+"""The embedded models: small, really trained, in diffusers' folder layout. Imports nothing heavy.
+
+Each is a folder `models/NAME` beside this file with its weights (safetensors) and a card, `card.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from genkit.errors import unknown
+
+ROOT = Path(__file__).parent / "models"
+
+# What `genkit zoo train NAME` can make, and what each is.
+TRAINABLE = {
+    "autoencoder": "the autoencoder of `digits` alone: 32 x 32 RGB to 8 x 8 x 4",
+    "digits": "text-to-image latent diffusion of coloured handwritten digits, 32 x 32",
+    "digits-classifier": "classifier of digit, ink and paper; the one that guides",
+    "digits-judge": "independent classifier of digit, ink and paper; only ever measures",
+}
+
+
+def names() -> list[str]:
+    """The models that this installation carries, sorted."""
+    if not ROOT.is_dir():
+        return []
+    return sorted(p.name for p in ROOT.iterdir() if (p / "model_index.json").is_file() or (p / "config.json").is_file())
+
+
+def path(name: str) -> Path:
+    """The folder of an embedded model; any `from_pretrained` takes it.
+
+    Raises:
+        ValueError: no such model; the message names the closest, or how to train one that is missing.
+
+    Example:
+        >>> StableDiffusionPipeline.from_pretrained(genkit.zoo.path("digits"))
+    """
+    present = names()
+    if name in present:
+        return ROOT / name
+    if name in TRAINABLE:
+        raise ValueError(f"This installation carries no weights for {name!r}. Train them with `genkit zoo train {name} --out DIR`.")
+    raise unknown("embedded model", name, present)
+
+
+def card(name: str) -> dict[str, Any]:
+    """The card of an embedded model: what it is, data, licence, training and measured quality. Empty if it has none.
+
+    Raises:
+        ValueError: no such model, or its card is not a JSON object.
+    """
+    file = path(name) / "card.json"
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"The card {file} is not JSON ({error}). Reinstall genkit.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"The card {file} is not a JSON object. Reinstall genkit.")
+    return content
+
+
+def size(name: str) -> int:
+    """Bytes on disk of an embedded model."""
+    return sum(p.stat().st_size for p in path(name).rglob("*") if p.is_file())

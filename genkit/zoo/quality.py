@@ -1,0 +1,97 @@
+"""Measured quality of the embedded models. The cards record these figures, and tests check them again on fewer samples.
+
+Every picture is judged by `digits-judge`, which never guides. Distances are Frechet distances in the judge's features to the
+1,000 held-out real digits; the reference is the distance of 1,000 real training digits to the same pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genkit import zoo
+from genkit.classifiers import AttributeClassifier
+from genkit.console import progress
+from genkit.data import digits
+from genkit.guidance import Guidance
+from genkit.metrics.frechet import frechet_distance
+
+SEEDS = 10_000  # picture i of a measurement has seed SEEDS + i
+
+
+def load_judge() -> AttributeClassifier:
+    """`digits-judge`, float32, in eval mode."""
+    return AttributeClassifier.from_pretrained(zoo.path("digits-judge"), dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def judged(judge: AttributeClassifier, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Read attributes (B,) by name, and features (B, D), of images in [-1, 1]."""
+    features = torch.cat([judge.features(part) for part in images.split(250)])
+    return {name: head(features).argmax(1) for name, head in judge.heads.items()}, features
+
+
+def generate(pipe: Any, prompts: Sequence[str], *, batch: int = 100, guidance: Any = None, **arguments: Any) -> Tensor:
+    """Images (N, 3, H, W) in [-1, 1], one for each prompt.
+
+    Args:
+        guidance: a guidance, or a function of a slice of the prompts to one (for targets that differ from sample to sample).
+    """
+    pipe.set_progress_bar_config(disable=True)
+    parts = []
+    with progress() as bar:
+        task = bar.add_task("sampling", total=len(prompts))
+        for start in range(0, len(prompts), batch):
+            rows = slice(start, min(start + batch, len(prompts)))
+            steer = guidance if guidance is None or isinstance(guidance, Guidance) else guidance(rows)
+            seeds = range(SEEDS + rows.start, SEEDS + rows.stop)
+            out = pipe(list(prompts[rows]), seeds=list(seeds), guidance=steer, output_type="pt", **arguments)
+            parts.append(out.images * 2 - 1)
+            bar.update(task, completed=rows.stop)
+    return torch.cat(parts)
+
+
+def reference_distances(judge: AttributeClassifier, images: Tensor, count: int = 1000) -> dict[str, float]:
+    """Frechet distance of `images` to the real test digits, that of real training digits, and their ratio."""
+    test = judged(judge, digits.draw("test", count, seed=0).images)[1]
+    real = frechet_distance(judged(judge, digits.draw("train", count, seed=1).images)[1], test)
+    ours = frechet_distance(judged(judge, images)[1], test)
+    return {"frechet": ours, "frechet_of_real_training_digits": real, "ratio": ours / real}
+
+
+def text_to_image(pipe: Any, count: int = 1000, **arguments: Any) -> dict[str, float]:
+    """How often the judge reads digit, ink and paper as prompted, with the captions of test digits; and the distances.
+
+    Args:
+        pipe: a `GuidedPipeline`.
+        **arguments: of its call: `num_inference_steps`, `guidance_scale`, ...
+    """
+    judge = load_judge()
+    truth = digits.draw("test", count, seed=0)
+    images = generate(pipe, truth.captions(), **arguments)
+    read, _ = judged(judge, images)
+    accuracy = {name: (read[name] == getattr(truth, name)).float().mean().item() for name in digits.LABELS}
+    return accuracy | reference_distances(judge, images, count)
+
+
+def steered(pipe: Any, guide: Any, count: int = 1000, **arguments: Any) -> dict[str, float]:
+    """How often the null prompt, steered to digit i mod 10, gives a picture that the judge reads as that digit.
+
+    Args:
+        guide: `targets (B,) -> Guidance`.
+    """
+    judge = load_judge()
+    targets = torch.arange(count) % 10
+    images = generate(pipe, [""] * count, guidance=lambda rows: guide(targets[rows]), **arguments)
+    read, _ = judged(judge, images)
+    return {"digit": (read["digit"] == targets).float().mean().item()} | reference_distances(judge, images, count)
+
+
+def classifier(model: AttributeClassifier) -> dict[str, float]:
+    """Accuracy on the 1,000 held-out real digits."""
+    batch = digits.draw("test", 1000, seed=0)
+    read, _ = judged(model, batch.images)
+    return {name: (read[name] == getattr(batch, name)).float().mean().item() for name in digits.LABELS}

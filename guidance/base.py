@@ -1,0 +1,207 @@
+"""The guidance protocol: three sites, composition, schedules.
+
+At every network evaluation the sampler asks, in this order,
+
+    x      = guidance.before(state)            site X: displace the sample before the denoiser
+    pred   = guidance(state, predict)          site S: shift the prediction (score += c); the usual one
+    x_next = guidance.after(state, x_next)     site M: displace the sample after the scheduler's step
+
+Each is the identity unless overridden. `predict(grad=False)` evaluates the network at `state.x`, so a guidance decides how often,
+and whether a graph is kept. Guidances compose: `a + b` adds shifts that all come from the same unguided prediction (so order
+does not matter), `2.0 * a` weighs, `a.between(0.2, 0.8)` gates. Weight 0 is bit-identical to no guidance and costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from genkit.levels import Level
+from genkit.prediction import Prediction
+
+
+class Predict(Protocol):
+    """Evaluates the network at `state.x`; with `grad=True` the prediction keeps a graph to `prediction.x`, a leaf."""
+
+    def __call__(self, *, grad: bool = False) -> Prediction: ...
+
+
+@dataclasses.dataclass
+class State:
+    """What a guidance sees.
+
+    Args:
+        x: samples (B, ...) in the scheduler's own variable, about to be denoised.
+        level: their noise level; `level.index` counts network evaluations, `level.order` is 2 in a corrector stage.
+        levels: all levels of the run.
+        cond: conditioning of the batch, or None.
+        codec: latent codec, or None for a pixel-space model.
+        seeds: seed of each sample, or None; for counter-based noise.
+        scheduler: the scheduler, for reading.
+        cache: scratch space shared by the guidances of a run, emptied at its start.
+        log: figures worth reporting (a guidance's energy, ...), by name, for this evaluation.
+    """
+
+    x: Tensor
+    level: Level
+    levels: list[Level]
+    cond: Any = None
+    codec: Any = None
+    seeds: list[int] | None = None
+    scheduler: Any = None
+    cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    log: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the run that is done before this evaluation, 0 to 1 (0 first, 1 last)."""
+        return self.level.index / max(1, len(self.levels) - 1)
+
+
+class Guidance:
+    """Base of all guidance; does nothing. Override `before`, `shift` or `__call__`, and `after`."""
+
+    name = "guidance"
+    needs_graph = False  # whether `shift` differentiates through the denoiser
+
+    def active(self, state: State) -> bool:
+        """Whether this guidance does anything at this evaluation; inactive costs nothing."""
+        return True
+
+    def before(self, state: State) -> Tensor:
+        """Site X: the sample to denoise (B, ...)."""
+        return state.x
+
+    def shift(self, state: State, prediction: Prediction) -> Tensor | None:
+        """Site S: what to add to the score, (B, ...) in the scheduler's own variable, or None."""
+        return None
+
+    def __call__(self, state: State, predict: Predict) -> Prediction:
+        """The guided prediction at `state.x`."""
+        if not self.active(state):
+            return predict()
+        prediction = predict(grad=self.needs_graph)
+        c = self.shift(state, prediction)
+        prediction = _detached(prediction) if self.needs_graph else prediction
+        return prediction if c is None else prediction.shifted(c)
+
+    def after(self, state: State, x_next: Tensor) -> Tensor:
+        """Site M: the sample after the step (B, ...)."""
+        return x_next
+
+    def __add__(self, other: Guidance) -> Guidance:
+        return Sum(_parts(self) + _parts(other))
+
+    def __mul__(self, weight: float) -> Guidance:
+        return Scheduled(self, constant(weight))
+
+    __rmul__ = __mul__
+
+    def between(self, start: float, stop: float) -> Guidance:
+        """Only while `start <= progress <= stop`, fractions of the run.
+
+        Raises:
+            ValueError: not 0 <= start <= stop <= 1.
+        """
+        if not 0 <= start <= stop <= 1:
+            raise ValueError(f"between({start}, {stop}) is no interval in 0 to 1.")
+        return Scheduled(self, lambda state: float(start <= state.progress <= stop))
+
+    def scheduled(self, weight: Callable[[State], float]) -> Guidance:
+        """Weighted by a function of the state."""
+        return Scheduled(self, weight)
+
+
+def constant(weight: float) -> Callable[[State], float]:
+    """A schedule that does not change."""
+    value = float(weight)
+    return lambda state: value
+
+
+class Scheduled(Guidance):
+    """A guidance times a weight that may depend on the state: every displacement and shift is multiplied by it."""
+
+    def __init__(self, guidance: Guidance, weight: Callable[[State], float]) -> None:
+        self.guidance, self.weight = guidance, weight
+        self.name, self.needs_graph = guidance.name, guidance.needs_graph
+
+    def active(self, state: State) -> bool:
+        return self.weight(state) != 0 and self.guidance.active(state)
+
+    def before(self, state: State) -> Tensor:
+        if not self.active(state):
+            return state.x
+        return _mix(state.x, self.guidance.before(state), self.weight(state))
+
+    def shift(self, state: State, prediction: Prediction) -> Tensor | None:
+        c = self.guidance.shift(state, prediction)
+        return None if c is None else self.weight(state) * c
+
+    def after(self, state: State, x_next: Tensor) -> Tensor:
+        if not self.active(state):
+            return x_next
+        return _mix(x_next, self.guidance.after(state, x_next), self.weight(state))
+
+
+class Sum(Guidance):
+    """Several guidances at once; displacements and shifts add, each computed from the same unguided sample and prediction."""
+
+    def __init__(self, parts: list[Guidance]) -> None:
+        self.parts = parts
+        self.name = " + ".join(p.name for p in parts)
+
+    def active(self, state: State) -> bool:
+        return any(p.active(state) for p in self.parts)
+
+    def before(self, state: State) -> Tensor:
+        return _sum_displacements(state.x, [p.before(state) for p in self.parts])
+
+    def __call__(self, state: State, predict: Predict) -> Prediction:
+        parts = [p for p in self.parts if p.active(state)]
+        needs_graph = any(p.needs_graph for p in parts)
+        prediction = predict(grad=needs_graph)
+        shifts = [c for p in parts if (c := p.shift(state, prediction)) is not None]
+        prediction = _detached(prediction) if needs_graph else prediction
+        return prediction.shifted(sum(shifts[1:], shifts[0])) if shifts else prediction
+
+    def shift(self, state: State, prediction: Prediction) -> Tensor | None:
+        shifts = [c for p in self.parts if p.active(state) and (c := p.shift(state, prediction)) is not None]
+        return sum(shifts[1:], shifts[0]) if shifts else None
+
+    def after(self, state: State, x_next: Tensor) -> Tensor:
+        return _sum_displacements(x_next, [p.after(state, x_next) for p in self.parts])
+
+
+def _parts(guidance: Guidance) -> list[Guidance]:
+    return guidance.parts if isinstance(guidance, Sum) else [guidance]
+
+
+def _mix(x: Tensor, moved: Tensor, weight: float) -> Tensor:
+    return moved if weight == 1 or moved is x else x + weight * (moved - x)
+
+
+def _sum_displacements(x: Tensor, moved: list[Tensor]) -> Tensor:
+    moved = [m for m in moved if m is not x]
+    if len(moved) < 2:
+        return moved[0] if moved else x
+    return x + sum((m - x for m in moved[1:]), moved[0] - x)
+
+
+def _detached(prediction: Prediction) -> Prediction:
+    return dataclasses.replace(prediction, x=prediction.x.detach(), raw=prediction.raw.detach())
+
+
+def differentiate(energy: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """(energy (B,), gradient (B, ...)) of a per-sample energy at x; sums over the batch, so samples do not mix.
+
+    Works under `no_grad`; under `inference_mode` it raises, as torch cannot build a graph on inference tensors.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_(True)
+        value = energy(leaf)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), gradient

@@ -1,0 +1,5 @@
+"""diffusers-style pipeline objects."""
+
+from genkit._lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, {"guided": ["GuidedPipeline", "GuidedPipelineOutput"]})
