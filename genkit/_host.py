@@ -97,12 +97,13 @@ def alphas_cumprod(scheduler: Any) -> Tensor:
 
 def is_offloaded(pipe: Any) -> bool:
     """Whether any component has an accelerate hook or group offloading that moves its weights."""
-    if getattr(pipe, "_all_hooks", None) or getattr(pipe, "_offload_gpu_id", None) is not None:
+    if getattr(pipe, "_all_hooks", None):
         return True
     modules = [c for c in pipe.components.values() if isinstance(c, torch.nn.Module)]
     return any(hasattr(m, "_hf_hook") or _is_group_offloaded(m) for m in modules)
 
 
 def _is_group_offloaded(module: torch.nn.Module) -> bool:
-    registry = getattr(module, "_diffusers_hook", None)
-    return registry is not None and registry.get_hook("group_offloading") is not None
+    """Group offloading sits on blocks or leaves, not on the component itself."""
+    registries = [m._diffusers_hook for m in module.modules() if hasattr(m, "_diffusers_hook")]
+    return any(registry.get_hook("group_offloading") is not None for registry in registries)

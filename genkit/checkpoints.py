@@ -1,9 +1,8 @@
 """Is a model folder safe and whole? Answered from file headers, before anything is loaded.
 
-    safe     weights are safetensors; a pickle is refused unless it was asked for
-    whole    no file is truncated, every component has weights, and shapes are those of the configuration
-
-The last check builds each component on the meta device (no memory), so it imports torch and diffusers; the others do not.
+Safe: weights are safetensors; a pickle is refused unless it was asked for. Whole: no file is truncated, every component has
+weights, and shapes are those of the configuration. The last check builds each component on the meta device (no memory), so it
+imports torch and diffusers; the others do not.
 """
 
 from __future__ import annotations
@@ -27,9 +26,12 @@ def check_folder(path: str | Path, allow_pickle: bool = False, *, shapes: bool =
 
     Raises:
         FileNotFoundError: the folder is missing, or is no model folder.
-        ValueError: a component is missing, a checkpoint is truncated, is not safetensors, lacks tensors or has wrong shapes.
+        ValueError: the path is a file, a component is missing, or a checkpoint is truncated, no safetensors, lacks tensors or has
+            wrong shapes.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise ValueError(f"{str(path)!r} is a file. Give a folder in diffusers' layout, as save_pretrained(FOLDER) writes it.")
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {str(path)!r}.")
     for component, (library, class_name) in _components(folder).items():
@@ -59,9 +61,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(file)!r} is not JSON ({error}). The model folder is damaged: download or train it again.") from error
+        raise ValueError(f"{str(file)!r} is not JSON ({error}). The model is damaged: get it again.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{str(file)!r} is not a JSON object. The model folder is damaged: download or train it again.")
+        raise ValueError(f"{str(file)!r} is not a JSON object. The model is damaged: get it again.")
     return content
 
 
@@ -77,7 +79,9 @@ def _tensors(component: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]] 
     if not files:
         pickles = sorted(p.name for p in component.iterdir() if p.suffix in PICKLES)
         if not pickles:
-            raise ValueError(f"The model's component {component.name!r} has no weights: there is no safetensors file in {str(component)!r}.")
+            raise ValueError(
+                f"The component {component.name!r} has no weights: there is no safetensors file in {str(component)!r}."
+            )
         if not allow_pickle:
             raise ValueError(
                 f"The weights {str(component / pickles[0])!r} are a pickle, which can run code when it is loaded. "
@@ -124,7 +128,7 @@ def _check_shapes(component: Path, library: str, class_name: str, tensors: dict[
         shape = tensors.get(name, tuple(tensor.shape))
         if shape != tuple(tensor.shape):
             raise ValueError(
-                f"The weights of {component.name!r} do not fit its configuration: {name} is {shape} but must be {tuple(tensor.shape)}. "
+                f"The weights of {component.name!r} do not fit its configuration: {name} is {shape}, not {tuple(tensor.shape)}. "
                 f"Check config.json in {str(component)!r}, or get the model again."
             )
     # Libraries rename tensors when they load old files, so it is sizes, not names, that say whether something is missing.

@@ -1,36 +1,19 @@
-"""PNG files that appear whole or not at all, carry text, and give it back; contact sheets."""
+"""PNG files that carry text and give it back; contact sheets."""
 
 from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
+from genkit.files import write_atomic
+
 CELL_MIN, CELL_MAX = 96, 256  # side of a sheet's cell in pixels: small pictures are enlarged so that their labels can be read
 SHEET_PIXELS = 40_000_000
 _PAPER, _TEXT, _MISSING = (255, 255, 255), (30, 30, 30), (225, 225, 225)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash: temporary name, fsync, rename.
-
-    Raises:
-        OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> None:
@@ -77,20 +60,20 @@ def contact_sheet(
     """A table of pictures with labels, on white.
 
     Args:
-        rows: pictures, R rows of C; None (it failed) is drawn as a crossed grey field.
+        rows: pictures, R rows of up to C; None (it failed) is drawn as a crossed grey field.
         row_labels, column_labels: R and C texts; all empty takes no space.
         title: a line on top.
 
     Raises:
-        ValueError: no pictures, or rows or labels of different lengths.
+        ValueError: no pictures, or rows that do not fit the labels.
 
     Example:
         >>> contact_sheet([[a, b], [c, d]], ["cfg 1", "cfg 3"], ["seed 0", "seed 1"])
     """
     count_r, count_c = len(rows), len(column_labels)
-    if not count_r or not count_c or len(row_labels) != count_r or any(len(row) != count_c for row in rows):
+    if not count_r or not count_c or len(row_labels) != count_r or any(len(row) > count_c for row in rows):
         shape = [len(row) for row in rows]
-        raise ValueError(f"A sheet needs {len(row_labels)} rows of {count_c} pictures, as it has labels; got rows of {shape}.")
+        raise ValueError(f"The labels are for {len(row_labels)} rows of at most {count_c} pictures, but the rows have {shape}.")
     present = [image for row in rows for image in row if image is not None]
     width, height = _cell(present, count_r * count_c)
     font = ImageFont.load_default(max(10, min(16, width // 8)))

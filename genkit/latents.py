@@ -7,7 +7,9 @@ with per-channel mean and standard deviation where a VAE has them: (z - mean) * 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -26,7 +28,8 @@ class LatentCodec:
         factor: how many pixels make one latent, along a side.
 
     Gradients flow through both directions. Tiled decoding has another gradient (its normalisation statistics are per tile),
-    so it is left as the VAE has it and never turned on here.
+    so it is left as the VAE has it and never turned on here. A float16 VAE that says it overflows (`force_upcast`, as SDXL's)
+    works as a float32 copy; the pipeline's own is not touched, as weights that change between forward and backward break gradients.
     """
 
     vae: Any
@@ -62,7 +65,8 @@ class LatentCodec:
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents (B, c, h, w) of images (B, 3, H, W) in [-1, 1]: the posterior's mean, or a sample with a generator."""
-        output = self.vae.encode(images.to(self.vae.dtype))
+        vae = self._working_vae()
+        output = vae.encode(images.to(vae.dtype))
         if not hasattr(output, "latent_dist"):
             z = output.latent if hasattr(output, "latent") else output.latents
         elif generator is None:
@@ -76,7 +80,18 @@ class LatentCodec:
         """Images (B, 3, H, W), about in [-1, 1], of latents (B, c, h, w)."""
         shift, scale = self._affine(latents)
         z = latents / scale + shift
-        return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].to(latents.dtype)
+        vae = self._working_vae()
+        return vae.decode(z.to(vae.dtype), return_dict=False)[0].to(latents.dtype)
+
+    def _working_vae(self) -> Any:
+        """The VAE in a precision in which it does not overflow."""
+        if self.vae.dtype != torch.float16 or not self.vae.config.get("force_upcast"):
+            return self.vae
+        return self._float32_vae.to(self.vae.device)
+
+    @functools.cached_property
+    def _float32_vae(self) -> Any:
+        return copy.deepcopy(self.vae).float()
 
     def _affine(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
         if self.mean is None or self.std is None:

@@ -37,8 +37,13 @@ class Outcome:
     scheduler: dict[str, Any]
 
 
-def load(model: str, *, dtype: str = "float32", device: str = "cpu", allow_pickle: bool = False) -> GuidedPipeline:
+def load(
+    model: str, *, dtype: str = "float32", device: str = "cpu", allow_pickle: bool = False, quiet: bool = False
+) -> GuidedPipeline:
     """The pipeline for recipes of a model, on a device. An embedded name wins over a folder of the same name.
+
+    Args:
+        quiet: silence the libraries' warnings too, from now on.
 
     Raises:
         ValueError, OSError: see `GuidedPipeline.from_pretrained`.
@@ -51,13 +56,18 @@ def load(model: str, *, dtype: str = "float32", device: str = "cpu", allow_pickl
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    if quiet:
+        diffusers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
     folder = zoo.path(model) if model in zoo.names() else model
     pipe = GuidedPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), allow_pickle=allow_pickle)
     pipe.host.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
-def run(pipe: GuidedPipeline, recipes: Sequence[Recipe], *, batch_size: int = 16, progress: Progress | None = None) -> Iterator[Outcome]:
+def run(
+    pipe: GuidedPipeline, recipes: Sequence[Recipe], *, batch_size: int = 16, progress: Progress | None = None
+) -> Iterator[Outcome]:
     """Run recipes of one model; yields each outcome as soon as it is there, settings by settings.
 
     A batch that fails with NaN or infinity is repeated one by one, so that one bad image costs no other.
@@ -86,7 +96,7 @@ def run_batch(pipe: GuidedPipeline, recipes: Sequence[Recipe]) -> list[Image]:
     """
     settings = {_settings(recipe) for recipe in recipes}
     if len(settings) != 1:
-        raise ValueError(f"A batch needs recipes that differ only in seed, prompt and label; got {len(settings)} kinds of settings.")
+        raise ValueError(f"Recipes of a batch may differ in seed, prompt and label only; got {len(settings)} kinds of settings.")
     return _sample(pipe, recipes, _guidance(pipe, settings.pop()), None)[0]
 
 

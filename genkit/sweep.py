@@ -12,6 +12,7 @@ from genkit.errors import unknown
 from genkit.recipe import Recipe
 
 MAX_IMAGES = 1_000_000
+FOLD = 8  # a single row that is longer than this is folded
 FIELDS = {"steps": int, "cfg": float, "eta": float, "sampler": str, "negative": str}
 
 
@@ -106,7 +107,7 @@ class Plan:
     """All the images of a run, row by row, as the contact sheet shows them.
 
     Args:
-        recipes: R x C of them, row by row.
+        recipes: up to R x C of them, row by row; only the last row may be short.
         rows, columns: their labels, R and C.
         title: what all have in common.
     """
@@ -149,7 +150,16 @@ def plan(subjects: Sequence[Recipe], seeds: Sequence[int], axes: Sequence[Axis] 
             recipes += [dataclasses.replace(recipe, seed=seed) for seed in seeds]
         for point in itertools.product(*(axis.values for axis in down)):
             parts = [subject.subject] if len(subjects) > 1 else []
-            rows.append("  ".join(parts + [f"{axis.key}={value}" for axis, value in zip(down, point, strict=True)]))
+            rows.append(", ".join(parts + [f"{axis.key}={value}" for axis, value in zip(down, point, strict=True)]))
     columns = [f"{across[0].key}={value}" for value in across[0].values] if across else [f"seed {seed}" for seed in seeds]
     title = subjects[0].subject if len(subjects) == 1 else ""
+    if len(rows) == 1 and len(columns) > FOLD:
+        rows, columns = _fold(columns)
     return Plan(tuple(recipes), tuple(rows), tuple(columns), title)
+
+
+def _fold(columns: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Row and column labels when one long row becomes a square."""
+    width = math.ceil(math.sqrt(len(columns)))
+    parts = [columns[start : start + width] for start in range(0, len(columns), width)]
+    return [part[0] if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts], [""] * width

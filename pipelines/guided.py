@@ -124,7 +124,7 @@ class GuidedPipeline:
         num_inference_steps: int = 30,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 3.0,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         batch_size: int | None = None,
         seeds: Sequence[int] | None = None,
@@ -147,7 +147,7 @@ class GuidedPipeline:
             class_labels: for class-conditional models: indices or names.
             height, width: in pixels; the model's own size by default.
             num_inference_steps, timesteps, sigmas: how to sample; `timesteps` and `sigmas` where the scheduler takes them.
-            guidance_scale: classifier-free guidance; 1 is off.
+            guidance_scale: classifier-free guidance; 1 is off. By default 3, or 1 for a model without a null condition.
             num_images_per_prompt: images for each prompt or label.
             batch_size: number of images of an unconditional model (by default one for each seed).
             seeds: one for each image: the image is then a function of its seed, whatever the batch. Random by default.
@@ -188,6 +188,7 @@ class GuidedPipeline:
             if len(cond) != 1:
                 raise ValueError(f"There are {len(cond)} prompts or labels for {count} images. Give one, or one for each.")
             cond = cond.repeat(count)
+        guidance_scale = _free_guidance_scale(guidance_scale, cond)
         if seeds is None and generator is None and latents is None:
             seeds = torch.randint(2**31, (count,)).tolist()
 
@@ -227,15 +228,9 @@ class GuidedPipeline:
         return output if return_dict else output.to_tuple()
 
     def _condition(self, **inputs: Any) -> Cond | None:
-        """The family's conditioning from what was given; refuses what the family does not take."""
-        given = {name: value for name, value in inputs.items() if value is not None}
-        accepted = inspect.signature(self.denoiser.condition).parameters
-        unknown = [name for name in given if name not in accepted]
-        if unknown:
-            arguments = {"prompts": "prompt", "negative_prompts": "negative_prompt", "labels": "class_labels"}
-            names = ", ".join(arguments.get(name, name) for name in unknown)
-            raise ValueError(f"{type(self.host).__name__} takes no {names}.")
-        return self.denoiser.condition(**given)
+        """The family's conditioning from what was given; the family refuses what it does not take."""
+        cond = self.denoiser.condition(**{name: value for name, value in inputs.items() if value is not None})
+        return cond if cond.tensors else None
 
     def _count(self, cond: Cond | None, batch_size: int | None, seeds: Any, generator: Any, latents: Tensor | None) -> int:
         """Number of images; every input that implies one must agree."""
@@ -281,3 +276,11 @@ class GuidedPipeline:
                 "Guidance needs gradients, which CPU offload breaks. Load the pipeline without enable_model_cpu_offload "
                 "or enable_sequential_cpu_offload."
             )
+
+
+def _free_guidance_scale(scale: float | None, cond: Cond | None) -> float:
+    """The scale to use: the default where none is given, and 1 where it cannot matter, which halves the work."""
+    if cond is None or cond.null_tensors is None:
+        return 1.0 if scale is None else scale
+    same = all(torch.equal(value, cond.null_tensors[name]) for name, value in cond.tensors.items())
+    return 1.0 if same else 3.0 if scale is None else scale

@@ -181,8 +181,9 @@ class GaussianMixtureDenoiser(Denoiser):
         shape = tuple(self._network.means.shape[1:])
         if len(shape) != 3:
             raise ValueError(f"The means have shape {shape}. Give means (K, C, H, W) to make pictures of a known size.")
-        if (height or shape[1], width or shape[2]) != shape[1:]:
-            raise ValueError(f"The samples are {shape[1]} x {shape[2]}, not {height} x {width}.")
+        wanted = (height or shape[1], width or shape[2])
+        if wanted != shape[1:]:
+            raise ValueError(f"The samples are {shape[1]} x {shape[2]}, not {wanted[0]} x {wanted[1]}.")
         return shape
 
     def _forward(self, z: Tensor, level: Level, tensors: dict[str, Tensor]) -> Tensor:

@@ -130,7 +130,7 @@ class Denoiser(ABC):
     # What a family provides
 
     @abstractmethod
-    def condition(self, **inputs: Any) -> Cond:
+    def condition(self, *args: Any, **inputs: Any) -> Cond:
         """Conditioning of a batch from prompts, labels or embeddings.
 
         Raises:
@@ -188,16 +188,16 @@ class Denoiser(ABC):
         Raises:
             ValueError: a size the model does not take, or no size where the model has none of its own.
         """
-        factor = 1 if self.codec is None else self.codec.factor
-        multiple = factor * self._size_multiple()
+        multiple = self.factor * self._size_multiple()
         shape = []
         for name, value, default in zip(("height", "width"), (height, width), self._default_size(), strict=True):
-            if value is None and default is None:
-                raise ValueError(f"The model has no size of its own. Give {name}, a multiple of {multiple}.")
-            value = default * factor if value is None else value
+            if value is None:
+                if default is None:
+                    raise ValueError(f"The model has no size of its own. Give {name}, a multiple of {multiple}.")
+                value = default * self.factor
             if value < multiple or value % multiple:
                 raise ValueError(f"{name}={value} does not fit the model. Use a positive multiple of {multiple}.")
-            shape.append(value // factor)
+            shape.append(value // self.factor)
         return (self._channels(), *shape)
 
     def _default_size(self) -> tuple[int | None, int | None]:
@@ -214,6 +214,11 @@ class Denoiser(ABC):
         return getattr(self.network.config, "patch_size", None) or 1
 
     # What everyone uses
+
+    @property
+    def factor(self) -> int:
+        """Pixels that make one element of a sample, along a side."""
+        return 1 if self.codec is None else self.codec.factor
 
     @property
     def device(self) -> torch.device:
@@ -279,10 +284,7 @@ class Denoiser(ABC):
         scheduler = self.pipe.scheduler
         if _host.is_preconditioned(scheduler):
             return scheduler.precondition_inputs(x, broadcast(level.sigma, x))
-        if self.kind == "flow":
-            m = level.alpha + level.sigma
-        else:
-            m = level.norm
+        m = level.alpha + level.sigma if self.kind == "flow" else level.norm
         return x / broadcast(m, x)
 
     def _time(self, z: Tensor, level: Level) -> Tensor:
@@ -305,5 +307,8 @@ def accepts(scheduler: Any, argument: str) -> bool:
 
 def _twice(level: Level) -> Level:
     """The level of the batch [x, x]."""
-    values = {name: getattr(level, name) for name in ("alpha", "sigma", "t")}
-    return dataclasses.replace(level, **{k: torch.cat([v, v]) for k, v in values.items() if isinstance(v, Tensor) and v.ndim})
+
+    def twice(value: float | Tensor) -> float | Tensor:
+        return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim else value
+
+    return dataclasses.replace(level, alpha=twice(level.alpha), sigma=twice(level.sigma), t=twice(level.t))

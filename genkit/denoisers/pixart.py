@@ -40,6 +40,6 @@ class PixArtDenoiser(TextDenoiser):
     def _size(self, z: Tensor) -> dict[str, Tensor | None]:
         if not self.network.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
-        height, width = (side * self.codec.factor for side in z.shape[-2:])
+        height, width = (side * self.factor for side in z.shape[-2:])
         resolution = z.new_tensor([[height, width]]).expand(len(z), -1)
         return {"resolution": resolution, "aspect_ratio": z.new_tensor([[height / width]]).expand(len(z), -1)}

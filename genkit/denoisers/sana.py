@@ -17,8 +17,8 @@ from genkit.levels import Level
 class SanaDenoiser(TextDenoiser):
     """Tensors: `prompt_embeds` (B, L, D), `prompt_attention_mask` (B, L).
 
-    Options: `max_sequence_length`, `clean_caption`, and `complex_human_instruction`: the text in front of each prompt (not of the
-    negative ones), by default the pipeline's own, "" for none.
+    Options: `max_sequence_length`, `clean_caption`, and `complex_human_instruction`: the lines in front of each prompt (not of the
+    negative ones), by default the pipeline's own, [] for none.
     """
 
     family = "Sana"
@@ -27,15 +27,12 @@ class SanaDenoiser(TextDenoiser):
     options = ("max_sequence_length", "clean_caption", "complex_human_instruction")
 
     def _encode(self, prompts: list[str], negative: bool, options: dict[str, Any]) -> dict[str, Tensor]:
-        instruction = options.get("complex_human_instruction", self._instruction())
-        lines = [] if negative else instruction.split("\n")
-        options = options | {"complex_human_instruction": lines if any(lines) else None}
+        # The pipeline puts its default instruction in front of prompts in `__call__`, not in `encode_prompt`.
+        default = inspect.signature(self.pipe.__call__).parameters["complex_human_instruction"].default
+        instruction = None if negative else options.get("complex_human_instruction", default)
+        options = options | {"complex_human_instruction": instruction}
         embeds, mask, _, _ = self.pipe.encode_prompt(prompts, False, device=self.device, **options)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
-
-    def _instruction(self) -> str:
-        """The instruction that the pipeline's `__call__` has by default."""
-        return "\n".join(inspect.signature(self.pipe.__call__).parameters["complex_human_instruction"].default)
 
     def _forward(self, z: Tensor, level: Level, tensors: dict[str, Tensor]) -> Tensor:
         return self.network(

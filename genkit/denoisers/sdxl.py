@@ -44,7 +44,7 @@ class StableDiffusionXLDenoiser(TextDenoiser):
         cond = super().condition(prompts, negative_prompts, **embeds_and_options)
         if original_size is None and target_size is None and crops_coords_top_left is None:
             return cond
-        own = self._pixels(*self._default_size())
+        own = self._pixels(*self.latent_shape(None, None)[1:])
         sizes = (original_size or target_size or own, crops_coords_top_left or (0, 0), target_size or original_size or own)
         ids = {"time_ids": self._time_ids(*sizes).repeat(len(cond), 1)}
         return Cond(cond.tensors | ids, None if cond.null_tensors is None else cond.null_tensors | ids)
@@ -69,7 +69,7 @@ class StableDiffusionXLDenoiser(TextDenoiser):
         return self.network(z, t, encoder_hidden_states=tensors["prompt_embeds"], added_cond_kwargs=added).sample
 
     def _pixels(self, height: int, width: int) -> Size:
-        return height * self.codec.factor, width * self.codec.factor
+        return height * self.factor, width * self.factor
 
     def _time_ids(self, original: Size, crop: Size, target: Size) -> Tensor:
         return torch.tensor([[*original, *crop, *target]], dtype=torch.float32, device=self.device)

@@ -14,16 +14,18 @@ from genkit.levels import Level
 
 
 class StableDiffusionDenoiser(TextDenoiser):
-    """Tensors: `prompt_embeds` (B, L, D). Option: `clip_skip`, for the prompts only, as in the pipeline."""
+    """Tensors: `prompt_embeds` (B, L, D).
+
+    `clip_skip` is no option here: the pipeline's own fails with transformers 5. Pass `prompt_embeds` instead.
+    """
 
     family = "Stable Diffusion"
     classes = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
     inputs = ("prompt_embeds",)
-    options = ("clip_skip",)
+    options = ()
 
     def _encode(self, prompts: list[str], negative: bool, options: dict[str, Any]) -> dict[str, Tensor]:
-        options = {} if negative else options
-        return {"prompt_embeds": self.pipe.encode_prompt(prompts, self.device, 1, False, **options)[0]}
+        return {"prompt_embeds": self.pipe.encode_prompt(prompts, self.device, 1, False)[0]}
 
     def _forward(self, z: Tensor, level: Level, tensors: dict[str, Tensor]) -> Tensor:
         return self.network(z, self._time(z, level), encoder_hidden_states=tensors["prompt_embeds"]).sample

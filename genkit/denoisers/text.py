@@ -37,9 +37,7 @@ class TextDenoiser(Denoiser):
     def _encode(self, prompts: list[str], negative: bool, options: dict[str, Any]) -> dict[str, Tensor]:
         """The tensors `inputs` (B, ...) of B prompts; `negative` says that they are of the null condition."""
 
-    def condition(
-        self, prompts: Prompts | None = None, negative_prompts: Prompts | None = None, **embeds_and_options: Any
-    ) -> Cond:
+    def condition(self, prompts: Prompts | None = None, negative_prompts: Prompts | None = None, **embeds_and_options: Any) -> Cond:
         """Conditioning from B prompts, or from embeddings.
 
         Args:
@@ -88,7 +86,7 @@ class TextDenoiser(Denoiser):
 
     def _encode_all(self, prompts: list[str], negative: bool, options: dict[str, Any]) -> dict[str, Tensor]:
         """Tensors (B, ...) of B prompts; each distinct one is encoded once in the life of the denoiser."""
-        keys = [(prompt, negative, *sorted(options.items())) for prompt in prompts]
+        keys = [(prompt, negative, repr(sorted(options.items()))) for prompt in prompts]
         missing = [key for key in dict.fromkeys(keys) if key not in self._encoded]
         for start in range(0, len(missing), _CHUNK):
             chunk = missing[start : start + _CHUNK]

@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from genkit.denoisers.base import Cond, Denoiser
-from genkit.denoisers.labels import label_ids
+from genkit.denoisers.labels import Labels, label_ids
 from genkit.levels import Level
 
 
@@ -26,7 +24,7 @@ class UNet2DDenoiser(Denoiser):
         super().__init__(pipe)
         self.num_classes: int | None = pipe.unet.config.num_class_embeds
 
-    def condition(self, labels: int | Sequence[int] | Tensor | None = None, null_label: int | None = None, **extra: Any) -> Cond:
+    def condition(self, labels: Labels | None = None, null_label: int | None = None, **extra: Any) -> Cond:
         """Conditioning of a batch; empty for an unconditional network.
 
         Args:

@@ -1,0 +1,50 @@
+"""The `genkit` command: its subcommands and `--version`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from genkit.cli.doctor import doctor
+from genkit.cli.sample import sample
+from genkit.cli.zoo import zoo
+
+app = typer.Typer(
+    name="genkit",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 broken, 2 usage or bad input, 3 partly done, 130 interrupted.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import genkit
+
+        typer.echo(f"genkit {genkit.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def genkit(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Sample from pretrained diffusion models, steer them, and look after them.
+
+    Embedded models work without a download:
+
+        [bold]genkit sample "a red seven on a yellow background" --seeds 0-15[/bold]
+    """
+
+
+app.command()(sample)
+app.add_typer(zoo, name="zoo")
+app.command()(doctor)
+
+
+def main() -> None:
+    """Entry point of the `genkit` script."""
+    app(prog_name="genkit")

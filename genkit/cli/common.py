@@ -1,0 +1,141 @@
+"""What all commands share: options, output for people and machines, errors and exit codes.
+
+Exit codes: 0 done, 1 something that is needed is broken, 2 usage or bad input, 3 partly done, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+BROKEN, BAD_INPUT, PARTLY, INTERRUPTED = 1, 2, 3, 130
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel="Output")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.", rich_help_panel="Output")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel="Output")]
+Device = Annotated[
+    str,
+    typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu; auto takes the fastest there is.", rich_help_panel="Machine"),
+]
+
+# What a user can cause and repair; anything else is a defect of genkit.
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+
+
+class Output:
+    """Results go to stdout: text for people, or one JSON document. Everything else goes to stderr."""
+
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+        self.as_json, self.quiet = as_json, quiet
+
+    def mute(self) -> None:
+        """Print nothing but errors from now on, for a process that is not the first."""
+        self.as_json, self.quiet = False, True
+
+    def result(self, document: Any, text: str | Any = "") -> None:
+        """Print the result of a command, once.
+
+        Args:
+            document: for `--json`; anything that JSON can hold.
+            text: for people: a string, or something that rich renders.
+        """
+        if self.as_json:
+            typer.echo(json.dumps(document, indent=2))
+        elif not self.quiet and text:
+            if isinstance(text, str):
+                typer.echo(text)
+            else:
+                from rich.console import Console
+
+                Console().print(text)
+
+    def note(self, text: str) -> None:
+        """Tell people something, on stderr."""
+        if not self.quiet:
+            typer.echo(text, err=True)
+
+
+@contextmanager
+def command(*, as_json: bool, quiet: bool, debug: bool) -> Iterator[Output]:
+    """The body of a command: errors become one line on stderr (and `{"error": ...}` with --json) and an exit code."""
+    from genkit.console import console
+
+    output = Output(as_json=as_json, quiet=quiet)
+    before, console.quiet = console.quiet, quiet
+    try:
+        yield output
+    except (typer.Exit, typer.BadParameter, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _fail(output, "Interrupted.", INTERRUPTED)
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        _fail(output, str(error) or type(error).__name__, BAD_INPUT)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(output, f"{type(error).__name__}: {error}\n{_advice(error)}", BROKEN)
+    finally:
+        console.quiet = before
+
+
+def _advice(error: Exception) -> str:
+    if "out of memory" in str(error).lower():
+        return "The device ran out of memory: lower --batch or --size."
+    return "This may be a defect of genkit: run the command again with --debug, and report the traceback."
+
+
+def _fail(output: Output, message: str, code: int) -> None:
+    typer.echo(f"Error: {_printable(message)}" if code != INTERRUPTED else message, err=True)
+    if output.as_json:
+        output.result({"error": message})
+    raise typer.Exit(code)
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which could come from a file and forge terminal output."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
+
+
+def check_device(name: str) -> None:
+    """Check the form of a device's name, without torch.
+
+    Raises:
+        ValueError: not a device's name.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", name):
+        from genkit.errors import unknown
+
+        raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:N", "mps", "xpu"])
+
+
+def resolve_device(name: str) -> str:
+    """The device to use; imports torch.
+
+    Raises:
+        ValueError: not a device's name, or this machine or this torch has no such device.
+    """
+    import torch
+
+    check_device(name)
+    counts = {
+        "cuda": torch.cuda.device_count(),
+        "xpu": torch.xpu.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    if name == "auto":
+        return next(kind for kind, count in counts.items() if count)
+    kind, _, index = name.partition(":")
+    if int(index or 0) >= counts[kind]:
+        usable = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in counts.items() if count)
+        raise ValueError(f"Device {name!r} is not usable here. Usable: {usable}. `genkit doctor` tells more.")
+    return name

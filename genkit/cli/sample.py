@@ -1,0 +1,195 @@
+"""`genkit sample`: images from prompts, one for each prompt, seed and sweep point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, command
+
+if TYPE_CHECKING:
+    from genkit.recipe import Recipe
+    from genkit.sweep import Plan
+
+_WHAT, _HOW, _WHERE, _MACHINE = "What to draw", "How to sample", "Files", "Machine"
+
+
+def _option(panel: str, text: str, *names: str, **arguments: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **arguments)
+
+
+def sample(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help='What to draw; "" is the null prompt.')] = None,
+    prompts_file: Annotated[Path | None, _option(_WHAT, "UTF-8 text file with a prompt on each line; # starts a comment.")] = None,
+    labels: Annotated[str | None, _option(_WHAT, "Classes, by index or name (207,360), for class-conditional models.")] = None,
+    negative: Annotated[str | None, _option(_WHAT, "Negative prompt.")] = None,
+    model: Annotated[
+        str | None, _option(_WHAT, "An embedded model (`genkit zoo list`), a folder, or a Hub repository.", show_default="digits")
+    ] = None,
+    source: Annotated[
+        Path | None, _option(_WHAT, "Repeat the image that genkit wrote to this PNG; other options override its recipe.", "--from")
+    ] = None,
+    seeds: Annotated[str | None, _option(_HOW, "Seeds, as in 0-15 or 1,2,5-10.", "--seeds", "--seed", show_default="0")] = None,
+    steps: Annotated[int | None, _option(_HOW, "Sampling steps.", show_default="30")] = None,
+    cfg: Annotated[float | None, _option(_HOW, "Classifier-free guidance; 1 is off.", show_default="3")] = None,
+    sampler: Annotated[
+        str | None,
+        _option(_HOW, "ddim, ddpm, dpm++, unipc, euler, euler-a, heun, lms, pndm, ...", show_default="the model's own"),
+    ] = None,
+    eta: Annotated[float | None, _option(_HOW, "Noise of DDIM-like samplers, 0 to 1.", show_default="0")] = None,
+    size: Annotated[str | None, _option(_HOW, "WIDTHxHEIGHT in pixels.", show_default="the model's own")] = None,
+    guidance: Annotated[
+        list[str] | None, _option(_HOW, "NAME:key=value,... as in classifier:label=seven,scale=2. Repeat it to add several.")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        _option(_HOW, "key=a,b,c: steps, cfg, eta, sampler, negative, or a guidance's classifier.scale. Repeat it for a grid."),
+    ] = None,
+    out: Annotated[Path, _option(_WHERE, "Folder for the images.")] = Path("out"),
+    grid: Annotated[bool, _option(_WHERE, "Draw a labelled contact sheet, grid.png.")] = True,
+    resume: Annotated[bool, _option(_WHERE, "Keep the images that are there already.", "--resume")] = False,
+    dry_run: Annotated[bool, _option(_WHERE, "Print what would be made, and stop.", "--dry-run")] = False,
+    batch: Annotated[int, _option(_MACHINE, "Images at a time; it does not change them.", min=1)] = 16,
+    device: Device = "auto",
+    dtype: Annotated[str | None, _option(_MACHINE, "float32, float16 or bfloat16.", show_default="float32")] = None,
+    allow_pickle: Annotated[bool, _option(_MACHINE, "Accept weights that are pickles.", "--allow-pickle")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make images from prompts.
+
+    Writes a PNG and a JSON for each prompt, seed and sweep point, and a contact sheet. Each PNG carries its recipe, so
+    [bold]--from[/bold] repeats it. A seed gives the same image whatever the batch, the order or the number of processes.
+
+    Examples:
+
+        [bold]genkit sample "a red seven on a yellow background" --seeds 0-15[/bold]
+
+        [bold]genkit sample "" --guidance classifier:label=seven --sweep classifier.scale=0,1,2 --seeds 0-7[/bold]
+
+        [bold]genkit sample --from out/IMAGE.png --seeds 100-103[/bold]
+
+        [bold]torchrun --nproc_per_node 2 -m genkit sample "a blue two" --seeds 0-99[/bold]
+    """
+    with command(as_json=as_json, quiet=quiet, debug=debug) as output:
+        from genkit.cli.job import Job
+        from genkit.gallery import Gallery
+        from genkit.ranks import Ranks
+        from genkit.sweep import Axis, parse_seeds, plan
+
+        ranks = Ranks.from_environment()
+        if not ranks.leads:
+            output.mute()
+        check_device(device)
+        settings = dict(model=model, negative=negative, steps=steps, cfg=cfg, sampler=sampler, eta=eta, dtype=dtype)  # noqa: C408
+        base = _base(source, settings, size=size, guidance=guidance)
+        folder = _check_model(base.model, allow_pickle)
+        subjects = _subjects(base, _read_prompts(prompts, prompts_file), labels, from_recipe=source is not None, folder=folder)
+        table = plan(subjects, [base.seed] if seeds is None else parse_seeds(seeds), [Axis.parse(text) for text in sweep or []])
+        _check_guidance(table)
+        if dry_run:
+            _print_plan(output, table, out)
+            return
+        gallery = Gallery(out)
+        done = {recipe for recipe in table.recipes if resume and gallery.has(recipe)}
+        Job(table, gallery, done, ranks, output).run(device=device, batch_size=batch, allow_pickle=allow_pickle, grid=grid)
+
+
+def _base(source: Path | None, settings: dict[str, Any], *, size: str | None, guidance: list[str] | None) -> Recipe:
+    """The recipe that all images start from: that of --from or the default one, with the options that were given."""
+    import dataclasses
+
+    from genkit.recipe import Recipe, read_recipe
+    from genkit.sweep import parse_size
+
+    given: dict[str, Any] = {key: value for key, value in settings.items() if value is not None}
+    if size is not None:
+        given["width"], given["height"] = parse_size(size)
+    if guidance:
+        given["guidance"] = tuple(guidance)
+    if source is None:
+        return Recipe(**given)
+    base = dataclasses.replace(read_recipe(source), **given)
+    base.require_trusted(models=[settings["model"]] if settings["model"] else [], guidance=guidance or [])
+    return base
+
+
+def _check_model(model: str, allow_pickle: bool) -> Path | None:
+    """The folder of a model, checked as far as goes without torch; None for one on the Hub.
+
+    Raises:
+        ValueError, FileNotFoundError: no such model, or its folder is damaged or unsafe.
+    """
+    from genkit import zoo
+    from genkit.checkpoints import check_folder
+    from genkit.errors import unknown
+
+    if model in zoo.names() or model in zoo.TRAINABLE:
+        folder = zoo.path(model)
+    elif Path(model).exists() or model.startswith((".", "/", "~")):
+        folder = Path(model).expanduser()
+    elif model.count("/") == 1:
+        return None
+    else:
+        raise unknown("model", model, zoo.names())
+    check_folder(folder, allow_pickle, shapes=False)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"The model {model!r} is no diffusion pipeline (there is no model_index.json), so it draws nothing.")
+    return folder
+
+
+def _read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    """Prompts of the command line, then those of the file.
+
+    Raises:
+        OSError, ValueError: the file is missing, not UTF-8, or holds no prompt.
+    """
+    found = list(prompts or [])
+    if file is None:
+        return found
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The prompts file {str(file)!r} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise OSError(f"The prompts file {str(file)!r} cannot be read ({error.strerror}).") from error
+    in_file = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not in_file:
+        raise ValueError(f"The prompts file {str(file)!r} holds no prompt. Write one on each line.")
+    return found + in_file
+
+
+def _subjects(base: Recipe, prompts: list[str], labels: str | None, *, from_recipe: bool, folder: Path | None) -> list[Recipe]:
+    """A recipe for each prompt or label."""
+    import dataclasses
+    import json
+
+    if prompts and labels is not None:
+        raise ValueError("Both prompts and --labels were given. Text-to-image models take prompts, class-conditional ones labels.")
+    if labels is not None:
+        values = [int(text) if text.isdecimal() else text for text in (part.strip() for part in labels.split(",")) if text]
+        return [dataclasses.replace(base, prompt=None, label=label) for label in dict.fromkeys(values)]
+    if prompts:
+        return [dataclasses.replace(base, prompt=prompt, label=None) for prompt in dict.fromkeys(prompts)]
+    if not from_recipe and (folder is None or "tokenizer" in json.loads((folder / "model_index.json").read_text(encoding="utf-8"))):
+        raise ValueError('There is no prompt. Say what to draw: genkit sample "a red seven" ("" is the null prompt).')
+    return [base]
+
+
+def _check_guidance(table: Plan) -> None:
+    """Names and parameters of all guidance, before anything is loaded."""
+    from genkit.guidance import registry
+
+    for spec in dict.fromkeys(spec for recipe in table.recipes for spec in recipe.guidance):
+        registry.split(spec)
+
+
+def _print_plan(output: Output, table: Plan, out: Path) -> None:
+    images = [{"file": str(out / f"{recipe.name}.png"), "recipe": recipe.to_dict()} for recipe in table.recipes]
+    first = table.recipes[0]
+    settings = ", ".join(f"{key} {value}" for key, value in first.to_dict().items() if value not in (None, [], ""))
+    lines = [f"Would make {len(images)} images in {out} ({len(table.rows)} x {len(table.columns)}). The first: {settings}."]
+    output.result({"count": len(images), "images": images}, "\n".join(lines + [f"  {image['file']}" for image in images]))

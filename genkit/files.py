@@ -1,0 +1,42 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a crash: temporary name, fsync, rename.
+
+    Raises:
+        OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
+    """
+    # In the same folder, since a rename is atomic within one file system only; with the process, since several may write.
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def prepare_folder(folder: Path) -> None:
+    """Create an output folder if needed and try whether it can be written, before hours are spent on its contents.
+
+    Raises:
+        OSError: it is or lies below a file, or cannot be written.
+    """
+    probe = folder / ".genkit-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(probe, b"")
+        probe.unlink(missing_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"The output path {str(folder)!r} is or lies below a file. Name a folder.") from None
+    except OSError as error:
+        raise OSError(f"The output folder {str(folder)!r} cannot be written ({error.strerror}). Name another.") from error

@@ -1,0 +1,158 @@
+"""A version test for each private touch point of diffusers: what fails here has moved in diffusers, and `_host.py` must follow."""
+
+from __future__ import annotations
+
+import accelerate
+import diffusers
+import pytest
+import torch
+
+from genkit import _host
+from tests.schedulers import scheduler_class
+
+VERSION = f"diffusers {diffusers.__version__}"
+ALPHA_SIGMA = [
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+    "SASolverScheduler",
+]
+ABAR = ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler", "UnCLIPScheduler"]
+SIGMA_SPACE = ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"]
+SECOND_ORDER = ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"]
+FLOW = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"]
+EDM = ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"]
+EVERY = ALPHA_SIGMA + ABAR + SIGMA_SPACE + SECOND_ORDER + FLOW + EDM
+
+
+def ready(name: str, n: int = 5, **config):
+    scheduler = scheduler_class(name)(**config)
+    scheduler.set_timesteps(n)
+    return scheduler
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_families_are_told_apart(name):
+    scheduler = ready(name)
+    found = (_host.is_flow(scheduler), _host.is_preconditioned(scheduler), _host.is_second_order(scheduler))
+    assert found == (name in FLOW, name in EDM, name in [*SECOND_ORDER, "FlowMatchHeunDiscreteScheduler"]), f"{name} in {VERSION}"
+    assert (_host.evaluation_sigmas(scheduler) is None) == (name in ABAR), f"{name}.sigmas in {VERSION}"
+    if name not in FLOW + EDM:
+        assert isinstance(_host.alphas_cumprod(scheduler), torch.Tensor), f"{name}.alphas_cumprod in {VERSION}"
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_number_of_steps(name):
+    """`is_ready` reads `num_inference_steps`, None or absent before `set_timesteps`, which a few call in their __init__."""
+    fresh = scheduler_class(name)()
+    expected = name in [*SECOND_ORDER, "LMSDiscreteScheduler"]
+    assert _host.is_ready(fresh) == expected, f"{name}.num_inference_steps in {VERSION}"
+    assert _host.is_ready(ready(name))
+
+
+def test_custom_timesteps_of_ddpm():
+    scheduler = diffusers.DDPMScheduler()
+    scheduler.set_timesteps(timesteps=[10, 5, 0])
+    assert scheduler.num_inference_steps is None, f"{VERSION} counts them now: `is_ready` can be simpler"
+    assert _host.is_ready(scheduler)
+
+
+@pytest.mark.parametrize("name", sorted(set(EVERY) - {"DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "UnCLIPScheduler"}))
+def test_begin(name):
+    scheduler = ready(name)
+    _host.begin(scheduler)
+    assert scheduler.begin_index == 0, f"{name}.set_begin_index in {VERSION}"
+    scheduler._init_step_index(scheduler.timesteps[2])
+    assert scheduler.step_index == 0, f"{name}._init_step_index in {VERSION}"
+
+
+@pytest.mark.parametrize("name", [*SIGMA_SPACE, "EDMEulerScheduler"])
+def test_scaled_input_flag(name):
+    scheduler = ready(name)
+    assert scheduler.is_scale_input_called is False, f"{name}.is_scale_input_called in {VERSION}"
+    _host.begin(scheduler)
+    assert scheduler.is_scale_input_called is True
+
+
+@pytest.mark.parametrize("name", ALPHA_SIGMA)
+def test_sigma_to_alpha_sigma(name):
+    """Takes a tensor, keeps float64, and knows both schedules."""
+    alpha, sigma = _host.alpha_sigma(ready(name), 2.0)
+    assert (alpha, sigma) == pytest.approx((5**-0.5, 2 * 5**-0.5), rel=1e-15), f"{name}._sigma_to_alpha_sigma_t in {VERSION}"
+    assert _host.alpha_sigma(ready(name, use_flow_sigmas=True, prediction_type="flow_prediction"), 0.25) == (0.75, 0.25)
+
+
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_second_order_state(name):
+    """`state_in_first_order` is a property of the class, true first and false after one step."""
+    scheduler = ready(name)
+    scheduler.noise_sampler = lambda *_: torch.zeros(1)
+    x = torch.ones(1, 1)
+    for i, order in enumerate(_host.evaluation_orders(scheduler)[:-1]):
+        assert scheduler.state_in_first_order == (order == 1), f"{name}.state_in_first_order in {VERSION}"
+        x = scheduler.step(torch.zeros_like(x), scheduler.timesteps[i], x).prev_sample
+
+
+@pytest.mark.parametrize(("name", "shift"), [("KDPM2DiscreteScheduler", 0), ("KDPM2AncestralDiscreteScheduler", 1)])
+def test_interpolated_sigmas(name, shift):
+    """`sigmas_interpol[i - shift]` lies between the sigmas of evaluations i - 1 and i + 1."""
+    scheduler = ready(name, 8)
+    sigmas = _host.evaluation_sigmas(scheduler)
+    for i in range(1, len(sigmas), 2):
+        assert sigmas[i] == scheduler.sigmas_interpol[i - shift], f"{name}.sigmas_interpol in {VERSION}"
+        assert sigmas[i] < sigmas[i - 1]
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_precondition_outputs(name):
+    """Affine in sample and output, takes a number or a tensor that broadcasts, and keeps float64."""
+    scheduler = ready(name)
+    x, raw = torch.randn(2, 2, 3, dtype=torch.float64).unbind()
+    sigma, data = 2.0, scheduler.config.sigma_data
+    expected = data**2 / (sigma**2 + data**2) * x + sigma * data / (sigma**2 + data**2) ** 0.5 * raw
+    for value in (sigma, torch.full((2, 1), sigma, dtype=torch.float64)):
+        torch.testing.assert_close(scheduler.precondition_outputs(x, raw, value), expected, msg=f"{name}.precondition_outputs in {VERSION}")
+        torch.testing.assert_close(scheduler.precondition_inputs(x, value), x / (sigma**2 + data**2) ** 0.5)
+
+
+def test_who_takes_a_learned_variance():
+    for name, takes in (("DDPMScheduler", True), ("UnCLIPScheduler", True), ("DPMSolverMultistepScheduler", False)):
+        scheduler = ready(name, variance_type="learned_range")
+        assert _host.takes_variance(scheduler) == takes, f"{name}._get_variance in {VERSION}"
+    assert not _host.takes_variance(ready("DDPMScheduler"))
+    assert not _host.takes_variance(ready("DDIMScheduler"))
+
+
+def test_refused_families():
+    for name in ("CMStochasticIterativeScheduler", "IPNDMScheduler"):
+        with pytest.raises(ValueError, match=f"{name} is not supported"):
+            scheduler = ready(name)
+            assert _host.evaluation_sigmas(scheduler) is None
+            _host.alphas_cumprod(scheduler)
+
+
+def unconditional() -> diffusers.DDPMPipeline:
+    unet = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(8,), norm_num_groups=4, down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"]
+    )
+    return diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+
+
+def test_accelerate_offload_is_seen():
+    """`_hf_hook` of accelerate on each component, and `_all_hooks` of `enable_model_cpu_offload`, gone when it is taken back."""
+    pipe = unconditional()
+    assert not _host.is_offloaded(pipe)
+    accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    assert _host.is_offloaded(pipe), f"_hf_hook in accelerate {accelerate.__version__}"
+    pipe.remove_all_hooks()
+    assert not _host.is_offloaded(pipe)
+    pipe._all_hooks.append(object())
+    assert _host.is_offloaded(pipe)
+
+
+@pytest.mark.parametrize("arguments", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}])
+def test_group_offload_is_seen(arguments):
+    pipe = unconditional()
+    pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), **arguments)
+    assert _host.is_offloaded(pipe), f"`_diffusers_hook` or its name 'group_offloading' in {VERSION}"
