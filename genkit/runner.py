@@ -7,6 +7,7 @@ import functools
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit import samplers, zoo
@@ -60,7 +61,13 @@ def load(
         diffusers_logging.set_verbosity_error()
         transformers_logging.set_verbosity_error()
     folder = zoo.path(model) if model in zoo.names() else model
-    pipe = GuidedPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), allow_pickle=allow_pickle)
+    try:
+        pipe = GuidedPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), allow_pickle=allow_pickle)
+    except OSError as error:
+        if Path(folder).is_dir():
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(f"The model {model!r} is no folder here, and the Hub does not give it ({reason}). Check its name.") from error
     pipe.host.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

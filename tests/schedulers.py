@@ -1,6 +1,6 @@
 """Every scheduler family of diffusers that genkit claims to understand, and the clean sample that each computes itself.
 
-`CASES` lists (name, scheduler factory, what to read). A reader calls the host's own `step` and returns the next sample with the
+`CASES` lists scheduler factories with a reader each. A reader calls the host's own `step` and returns the next sample with the
 host's own idea of "x0" or "eps" there, from its output, from its internal conversion, or solved from the step it took.
 """
 
@@ -28,6 +28,7 @@ EPS, X0, V, FLOW = "epsilon", "sample", "v_prediction", "flow_prediction"
 class Case(NamedTuple):
     """A scheduler configuration."""
 
+    label: str  # without the prediction type
     name: str
     make: Callable[[int], Any]  # number of steps -> scheduler, ready to step
     read: Callable[[Any, Tensor, Tensor, Tensor, int], Read]  # (scheduler, output, t, x, index)
@@ -157,7 +158,7 @@ def _cases() -> Iterator[Case]:
     def case(label, cls, read, types, *, stochastic=False, consistency=False, timesteps=None, **config) -> Iterator[Case]:
         for kind in types:
             make = maker(cls, timesteps, **config, **({} if kind is None else {"prediction_type": kind}))
-            yield Case(f"{label}-{kind}" if kind else label, make, read, stochastic, consistency)
+            yield Case(label, f"{label}-{kind}" if kind else label, make, read, stochastic, consistency)
 
     vp = {"clip_sample": False}
     yield from case("ddpm", "DDPMScheduler", predicted, [EPS, X0, V], stochastic=True, **vp)
@@ -223,7 +224,6 @@ def _cases() -> Iterator[Case]:
     yield from case("edm-dpm-sde", "EDMDPMSolverMultistepScheduler", converted("x0"), [EPS], algorithm_type="sde-dpmsolver++",
                     stochastic=True)  # fmt: skip
     yield from case("cosine-dpm", "CosineDPMSolverMultistepScheduler", converted("x0"), [V], stochastic=True, sigma_min=0.01)
-
 
 
 CASES = list(_cases())

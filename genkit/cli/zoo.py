@@ -35,7 +35,7 @@ def list_models(as_json: Json = False, quiet: Quiet = False, debug: Debug = Fals
 
 @zoo.command()
 def show(
-    name: Annotated[str, typer.Argument(help="An embedded model, see `genkit zoo list`.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An embedded model, see `genkit zoo list`.")],
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -62,7 +62,7 @@ def show(
 
 @zoo.command()
 def train(
-    name: Annotated[str, typer.Argument(help="autoencoder, digits, digits-classifier or digits-judge.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="autoencoder, digits, digits-classifier or digits-judge.")],
     out: Annotated[Path, typer.Option(help="Folder for the weights and for training/ (checkpoint and log).")],
     steps: Annotated[int | None, typer.Option(help="Length of the run.", show_default="that of the embedded model", min=1)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")] = False,

@@ -377,9 +377,8 @@ NUDGES = [4.000, 4.007, 3.978, 3.880, 3.687, 3.382, 2.959, 2.425, 1.796, 1.098]
 def test_t9_state_nudge(n, total):
     guidance = EluCDEDM(ClassifierEnergy(QuadraticClassifier(), 1, tau2=0.0), m=0.004, gamma=0.3)
     levels = levels_of(edm_heun(n))
-    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.tensor([0.3, 1, 5, 80])[
-        :, None, None, None
-    ]
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x * torch.tensor([0.3, 1, 5, 80]).view(4, 1, 1, 1)
     strengths = []
     for level in levels:
         nudged = guidance.before(State(x, level, levels))

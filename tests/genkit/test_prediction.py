@@ -45,7 +45,8 @@ def test_conversions_by_their_definitions(level, kind):
     }
     prediction = Prediction(level.diffuse(x0, eps), level, truth[kind], kind)
     # Going from eps to x0 divides by alpha, and back by sigma: so many digits are lost.
-    condition = float((1 / torch.as_tensor(a) + (1 + torch.as_tensor(s)) / torch.as_tensor(s)).max()) * float(torch.as_tensor(s).max() + 1)
+    alphas, sigmas = torch.as_tensor(a), torch.as_tensor(s)
+    condition = float((1 / alphas + 1 / sigmas + 1).max()) * float(sigmas.max() + 1)
     for name, expected in truth.items():
         scale = condition * max(1.0, float(expected.abs().max()))
         torch.testing.assert_close(getattr(prediction, name), expected, rtol=0, atol=1e-14 * scale)

@@ -19,7 +19,7 @@ SETTINGS = {
 }
 CONFIGS = {
     "digits-classifier": TrainConfig(steps=2500, lr=2e-3, seed=11),
-    "digits-judge": TrainConfig(steps=3000, lr=2e-3, seed=12),
+    "digits-judge": TrainConfig(steps=2200, lr=2e-3, seed=12),
 }
 
 
