@@ -22,7 +22,7 @@ from genkit.console import console
 COMMANDS = [["sample"], ["zoo"], ["zoo", "list"], ["zoo", "show"], ["zoo", "train"], ["doctor"]]
 
 
-def run(*arguments: object):  # noqa: ANN201
+def run(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="genkit")
 
 
@@ -103,7 +103,9 @@ class TestZoo:
         assert json.loads(run("zoo", "show", "digits", "--json").stdout)["data"] == "MNIST [real]"
         assert run("zoo", "show", "digits", "--quiet").stdout == ""
 
-    @pytest.mark.parametrize(("name", "says"), [("digts", "Did you mean 'digits'"), ("digits-judge", "genkit zoo train digits-judge")])
+    @pytest.mark.parametrize(
+        ("name", "says"), [("digts", "Did you mean 'digits'"), ("digits-judge", "genkit zoo train digits-judge")]
+    )
     def test_show_of_what_is_not_there(self, fake_zoo: Path, name: str, says: str) -> None:
         result = run("zoo", "show", name)
         assert result.exit_code == 2
@@ -181,7 +183,9 @@ class TestDoctor:
     def test_a_version_out_of_range_is_broken(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from importlib import metadata
 
-        monkeypatch.setattr(metadata, "requires", lambda name: ["typer>=999", "not-there-at-all", "pytest ; extra == 'test'", "rich"])
+        monkeypatch.setattr(
+            metadata, "requires", lambda name: ["typer>=999", "not-there-at-all", "pytest ; extra == 'test'", "rich"]
+        )
         found = {check.name: check for check in doctor._requirements()}
         assert found["typer"].status == found["not-there-at-all"].status == "broken"
         assert "pip install 'typer>=999'" in found["typer"].detail
@@ -219,7 +223,7 @@ def test_defects_are_told_from_bad_input(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_devices() -> None:
     assert resolve_device("cpu") == "cpu"
     assert resolve_device("auto") in ("cpu", "cuda", "xpu", "mps")
-    with pytest.raises(ValueError, match="Device 'cuda:999' is not usable here. Usable: .*cpu"):
+    with pytest.raises(ValueError, match=r"Device 'cuda:999' is not usable here. Usable: .*cpu"):
         resolve_device("cuda:999")
     with pytest.raises(ValueError, match="Unknown device 'gpu'"):
         resolve_device("gpu")

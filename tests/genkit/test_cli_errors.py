@@ -69,7 +69,11 @@ def test_no_prompt(tiny_folder: Path) -> None:
 def test_prompts_files(line: tuple[object, ...], tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n# only a comment\n")
     (tmp_path / "latin").write_bytes("caf\u00e9".encode("latin-1"))
-    for name, says in (("missing", "cannot be read (No such file"), ("empty", "holds no prompt"), ("latin", "is not UTF-8 (byte 3)")):
+    for name, says in (
+        ("missing", "cannot be read (No such file"),
+        ("empty", "holds no prompt"),
+        ("latin", "is not UTF-8 (byte 3)"),
+    ):
         message = refused("--prompts-file", tmp_path / name, *line[1:])
         assert says in message
         assert name in message
@@ -139,12 +143,12 @@ class TestModels:
         import pickle
 
         class Evil:
-            def __reduce__(self):  # noqa: ANN204
+            def __reduce__(self):
                 return os.mkdir, (str(tmp_path / "pwned"),)
 
         weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
         weights.unlink()
-        weights.with_suffix(".bin").write_bytes(pickle.dumps({"conv_in.weight": Evil()}))
+        weights.with_suffix(".bin").write_bytes(pickle.dumps({"conv_in.weight": Evil()}, protocol=2))
         self.refused(folder)
         self.refused(folder, "--allow-pickle")
         assert not (tmp_path / "pwned").exists()
@@ -154,14 +158,14 @@ class TestFrom:
     """A recipe in a picture may come from anyone."""
 
     @pytest.fixture
-    def picture(self, tmp_path: Path):  # noqa: ANN201
+    def picture(self, tmp_path: Path):
         def make(text: str | None) -> Path:
             save_png(Image.new("RGB", (8, 8)), tmp_path / "p.png", None if text is None else {"genkit": text})
             return tmp_path / "p.png"
 
         return make
 
-    def test_no_or_malformed_recipes(self, picture, tmp_path: Path) -> None:  # noqa: ANN001
+    def test_no_or_malformed_recipes(self, picture, tmp_path: Path) -> None:
         assert "carries no recipe" in refused("--from", picture(None))
         for text in ("{", "[]", '{"steps": "many"}', '{"prompt": "\\u001b[31m"}', "[" * 10_000, '{"out": "/etc"}'):
             assert "p.png' cannot be used" in refused("--from", picture(text))
@@ -169,7 +173,7 @@ class TestFrom:
         (tmp_path / "text.png").write_text("no picture")
         assert "is not a PNG" in refused("--from", tmp_path / "text.png")
 
-    def test_models_and_code_must_be_named_by_the_user(self, picture, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: ANN001
+    def test_models_and_code_must_be_named_by_the_user(self, picture, tiny_folder: Path, tmp_path: Path) -> None:
         strange = picture(Recipe(model=str(tiny_folder), prompt="a", steps=1).to_json())
         out = ("--out", tmp_path / "out")
         assert "is not embedded. If you trust it, name it" in refused("--from", strange, *out)
@@ -178,7 +182,7 @@ class TestFrom:
             assert "--guidance SPEC" in refused("--from", hostile, "--model", tiny_folder, *out)
         assert not (tmp_path / "out").exists()
 
-    def test_files_stay_in_out(self, picture, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: ANN001
+    def test_files_stay_in_out(self, picture, tiny_folder: Path, tmp_path: Path) -> None:
         hostile = picture(Recipe(model="digits", prompt="../../../escape/..", steps=1).to_json())
         out = tmp_path / "a" / "out"
         result = CliRunner().invoke(app, ["sample", "--from", str(hostile), "--model", str(tiny_folder), "--out", str(out)])

@@ -20,7 +20,20 @@ from genkit.cli.app import app
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to one process")
 def test_ctrl_c_keeps_what_is_finished(tiny_folder: Path, tmp_path: Path) -> None:
-    line = ["sample", "a seven", "--model", str(tiny_folder), "--seeds", "0-999", "--steps", "20", "--batch", "1", "--out", str(tmp_path)]
+    line = [
+        "sample",
+        "a seven",
+        "--model",
+        str(tiny_folder),
+        "--seeds",
+        "0-999",
+        "--steps",
+        "20",
+        "--batch",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "genkit", *line, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from genkit.guidance import Guidance, State, registry
 from PIL import Image
 from typer.testing import CliRunner
 
 from genkit import samplers, zoo
 from genkit.cli.app import app
-from genkit.guidance import Guidance, State, registry
 from genkit.images import read_text
 from genkit.prediction import Prediction
 from genkit.recipe import Recipe, read_recipe
@@ -22,7 +22,7 @@ from genkit.runner import load, run, run_batch
 PROMPT = "a red seven on yellow paper"
 
 
-def sample(*arguments: object, code: int = 0):  # noqa: ANN201
+def sample(*arguments: object, code: int = 0):
     """Run `genkit sample` in this process; every test says which exit code it expects."""
     result = CliRunner().invoke(app, ["sample", *(str(argument) for argument in arguments)], prog_name="genkit")
     assert result.exit_code == code, result.output
@@ -113,17 +113,31 @@ def test_resume_makes_only_what_is_missing(tiny_folder: Path, tmp_path: Path) ->
 
 
 def test_sweeps_span_a_grid(tiny_folder: Path, tmp_path: Path) -> None:
-    line = (PROMPT, "--model", tiny_folder, "--steps", 2, "--out", tmp_path, "--sweep", "cfg=1,4", "--sweep", "sampler=ddim,euler,heun")
+    line = (
+        PROMPT,
+        "--model",
+        tiny_folder,
+        "--steps",
+        2,
+        "--out",
+        tmp_path,
+        "--sweep",
+        "cfg=1,4",
+        "--sweep",
+        "sampler=ddim,euler,heun",
+    )
     document = json.loads(sample(*line, "--json").stdout)
     recipes = [(entry["recipe"]["cfg"], entry["recipe"]["sampler"]) for entry in document["images"]]
     assert recipes == [(cfg, sampler) for cfg in (1.0, 4.0) for sampler in ("ddim", "euler", "heun")]
-    classes = {json.loads(Path(entry["file"]).with_suffix(".json").read_text())["scheduler"]["class"] for entry in document["images"]}
+    classes = {
+        json.loads(Path(entry["file"]).with_suffix(".json").read_text())["scheduler"]["class"] for entry in document["images"]
+    }
     assert classes == {"DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"}
     assert Image.open(document["grid"]).height > 2 * 96
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
-def test_every_sampler_samples_and_leaves_the_model_as_it_was(pipe, name: str) -> None:  # noqa: ANN001
+def test_every_sampler_samples_and_leaves_the_model_as_it_was(pipe, name: str) -> None:
     own = pipe.scheduler
     recipes = [Recipe(prompt=PROMPT, seed=seed, steps=3, sampler=name) for seed in (0, 1)]
     together = [np.asarray(outcome.image).astype(int) for outcome in run(pipe, recipes)]
@@ -133,11 +147,11 @@ def test_every_sampler_samples_and_leaves_the_model_as_it_was(pipe, name: str) -
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_folder: Path):  # noqa: ANN201
+def pipe(tiny_folder: Path):
     return load(str(tiny_folder))
 
 
-def test_settings_reach_the_pipeline(pipe) -> None:  # noqa: ANN001
+def test_settings_reach_the_pipeline(pipe) -> None:
     base = Recipe(prompt=PROMPT, steps=2, seed=1)
     image = run_batch(pipe, [Recipe(prompt=PROMPT, steps=2, seed=1, width=32, height=16)])[0]
     assert image.size == (32, 16)

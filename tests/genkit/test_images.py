@@ -84,7 +84,7 @@ class TestText:
         path = tmp_path / "bomb.png"
         header = struct.pack(">IIBBBBB", 10**6, 10**6, 8, 2, 0, 0, 0)
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
-        with pytest.raises(ValueError, match="larger than genkit reads|not a PNG"):
+        with pytest.raises(ValueError, match=r"larger than genkit reads|not a PNG"):
             read_text(path)
         header = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
         bomb = b"genkit\0\0" + zlib.compress(b"[" * 5_000_000)

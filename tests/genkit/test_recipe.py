@@ -12,9 +12,19 @@ from genkit.recipe import MAX_JSON, Recipe, versions
 from genkit.sweep import Axis, parse_seeds, parse_size, plan
 
 FULL = Recipe(
-    model="digits", prompt="a 'red' seven,\nquite \u00e9t\u00e9 \u4e03", negative="blur", seed=2**62, steps=7, cfg=2, sampler="euler-a", eta=0.5,
-    width=64, height=32, guidance=("classifier:label=seven,scale=2",), dtype="bfloat16",
-)  # fmt: skip
+    model="digits",
+    prompt="a 'red' seven,\nquite \u00e9t\u00e9 \u4e03",
+    negative="blur",
+    seed=2**62,
+    steps=7,
+    cfg=2,
+    sampler="euler-a",
+    eta=0.5,
+    width=64,
+    height=32,
+    guidance=("classifier:label=seven,scale=2",),
+    dtype="bfloat16",
+)
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(prompt=""), Recipe(label="cat"), Recipe(label=3), FULL])
@@ -67,7 +77,7 @@ def test_hash_tells_every_field_apart_but_not_equal_numbers() -> None:
     ],
 )
 def test_bad_fields_are_refused_by_name(field: str, value: object, says: str) -> None:
-    with pytest.raises(ValueError, match="(?s).*") as caught:
+    with pytest.raises(ValueError, match=r"(?s).*") as caught:
         Recipe(**{field: value})  # type: ignore[arg-type]
     assert says in str(caught.value)
 
@@ -98,7 +108,7 @@ def test_fields_that_contradict_are_refused() -> None:
     ],
 )
 def test_hostile_json_is_a_value_error(text: str, says: str) -> None:
-    with pytest.raises(ValueError, match="(?s).*") as caught:
+    with pytest.raises(ValueError, match=r"(?s).*") as caught:
         Recipe.from_json(text)
     assert says in str(caught.value)
 
@@ -124,7 +134,9 @@ def test_parameters_line_is_what_viewers_read() -> None:
     prompt, more, negative, settings = line.split("\n")
     assert f"{prompt}\n{more}" == FULL.prompt
     assert negative == "Negative prompt: blur"
-    assert settings.startswith(f"Steps: 7, Sampler: euler-a, CFG scale: 2, Seed: {2**62}, Size: 64x32, Model: digits, Eta: 0.5, Guidance: ")
+    assert settings.startswith(
+        f"Steps: 7, Sampler: euler-a, CFG scale: 2, Seed: {2**62}, Size: 64x32, Model: digits, Eta: 0.5, Guidance: "
+    )
     assert settings.endswith("Version: genkit 1.0")
 
 
@@ -233,7 +245,7 @@ class TestPlan:
         ],
     )
     def test_bad_sweeps(self, text: str, says: str) -> None:
-        with pytest.raises(ValueError, match="(?s).*") as caught:
+        with pytest.raises(ValueError, match=r"(?s).*") as caught:
             plan([Recipe(prompt="")], [0], [Axis.parse(text)])
         assert says in str(caught.value)
 
@@ -278,7 +290,7 @@ class TestSamplers:
     def test_misfits_are_refused(self) -> None:
         from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
-        with pytest.raises(ValueError, match="flow-matching model. Use one of: euler"):
+        with pytest.raises(ValueError, match=r"flow-matching model. Use one of: euler"):
             samplers.build("ddim", FlowMatchEulerDiscreteScheduler())
         with pytest.raises(ValueError, match="EDM model"):
             samplers.build("ddim", EDMEulerScheduler())
