@@ -42,7 +42,7 @@ def read_text(path: Path) -> dict[str, str]:
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            return {key: value for key, value in image.info.items() if isinstance(value, str)}
+            return {key: value for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {str(path)!r}.") from None
     except (UnidentifiedImageError, IsADirectoryError, SyntaxError, ValueError, EOFError, OSError) as error:

@@ -68,6 +68,10 @@ class Guidance:
     name = "guidance"
     needs_graph = False  # whether `shift` differentiates through the denoiser
 
+    def wants_graph(self, state: State) -> bool:
+        """Whether the prediction must keep a graph at this evaluation."""
+        return self.needs_graph and self.active(state)
+
     def active(self, state: State) -> bool:
         """Whether this guidance does anything at this evaluation; inactive costs nothing."""
         return True
@@ -82,12 +86,22 @@ class Guidance:
 
     def __call__(self, state: State, predict: Predict) -> Prediction:
         """The guided prediction at `state.x`."""
-        if not self.active(state):
-            return predict()
-        prediction = predict(grad=self.needs_graph)
-        c = self.shift(state, prediction)
-        prediction = _detached(prediction) if self.needs_graph else prediction
-        return prediction if c is None else prediction.shifted(c)
+        return _shifted_once(self, state, predict)
+
+    def contribution(self, state: State, prediction: Prediction, predict: Predict) -> Tensor | None:
+        """What this guidance adds to the score of `prediction`, as a part of a composition.
+
+        A guidance that overrides `__call__` contributes the difference it makes to the score; its first plain evaluation is
+        `prediction`, which all parts share.
+        """
+        if type(self).__call__ is Guidance.__call__:
+            return self.shift(state, prediction)
+        shared = [prediction]
+
+        def first_is_shared(*, grad: bool = False) -> Prediction:
+            return shared.pop() if shared and not grad else predict(grad=grad)
+
+        return self(state, first_is_shared).score - prediction.score
 
     def after(self, state: State, x_next: Tensor) -> Tensor:
         """Site M: the sample after the step (B, ...)."""
@@ -126,8 +140,7 @@ class Scheduled(Guidance):
     """A guidance times a weight that may depend on the state: every displacement and shift is multiplied by it."""
 
     def __init__(self, guidance: Guidance, weight: Callable[[State], float]) -> None:
-        self.guidance, self.weight = guidance, weight
-        self.name, self.needs_graph = guidance.name, guidance.needs_graph
+        self.guidance, self.weight, self.name = guidance, weight, guidance.name
 
     def active(self, state: State) -> bool:
         return self.weight(state) != 0 and self.guidance.active(state)
@@ -137,8 +150,14 @@ class Scheduled(Guidance):
             return state.x
         return _mix(state.x, self.guidance.before(state), self.weight(state))
 
-    def shift(self, state: State, prediction: Prediction) -> Tensor | None:
-        c = self.guidance.shift(state, prediction)
+    def __call__(self, state: State, predict: Predict) -> Prediction:
+        return _shifted_once(self, state, predict)
+
+    def wants_graph(self, state: State) -> bool:
+        return self.active(state) and self.guidance.wants_graph(state)
+
+    def contribution(self, state: State, prediction: Prediction, predict: Predict) -> Tensor | None:
+        c = self.guidance.contribution(state, prediction, predict)
         return None if c is None else self.weight(state) * c
 
     def after(self, state: State, x_next: Tensor) -> Tensor:
@@ -161,19 +180,29 @@ class Sum(Guidance):
         return _sum_displacements(state.x, [p.before(state) for p in self.parts])
 
     def __call__(self, state: State, predict: Predict) -> Prediction:
-        parts = [p for p in self.parts if p.active(state)]
-        needs_graph = any(p.needs_graph for p in parts)
-        prediction = predict(grad=needs_graph)
-        shifts = [c for p in parts if (c := p.shift(state, prediction)) is not None]
-        prediction = _detached(prediction) if needs_graph else prediction
-        return prediction.shifted(sum(shifts[1:], shifts[0])) if shifts else prediction
+        return _shifted_once(self, state, predict)
 
-    def shift(self, state: State, prediction: Prediction) -> Tensor | None:
-        shifts = [c for p in self.parts if p.active(state) and (c := p.shift(state, prediction)) is not None]
+    def wants_graph(self, state: State) -> bool:
+        return any(p.wants_graph(state) for p in self.parts)
+
+    def contribution(self, state: State, prediction: Prediction, predict: Predict) -> Tensor | None:
+        active = [p for p in self.parts if p.active(state)]
+        shifts = [c for p in active if (c := p.contribution(state, prediction, predict)) is not None]
         return sum(shifts[1:], shifts[0]) if shifts else None
 
     def after(self, state: State, x_next: Tensor) -> Tensor:
         return _sum_displacements(x_next, [p.after(state, x_next) for p in self.parts])
+
+
+def _shifted_once(guidance: Guidance, state: State, predict: Predict) -> Prediction:
+    """One evaluation of the network, shifted by the whole contribution of a composition."""
+    if not guidance.active(state):
+        return predict()
+    graph = guidance.wants_graph(state)
+    prediction = predict(grad=graph)
+    c = guidance.contribution(state, prediction, predict)
+    prediction = _detached(prediction) if graph else prediction
+    return prediction if c is None else prediction.shifted(c)
 
 
 def _parts(guidance: Guidance) -> list[Guidance]:
@@ -198,7 +227,7 @@ def _detached(prediction: Prediction) -> Prediction:
 def differentiate(energy: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """(energy (B,), gradient (B, ...)) of a per-sample energy at x; sums over the batch, so samples do not mix.
 
-    Works under `no_grad`; under `inference_mode` it raises, as torch cannot build a graph on inference tensors.
+    Works under `no_grad` and under `inference_mode`: the graph is built on a copy of x.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = x.detach().clone().requires_grad_(True)

@@ -105,13 +105,11 @@ def _requirements() -> Iterator[Check]:
 
 
 def _import(name: str) -> str:
-    """Import a package, and one of its submodules where only that loads its binaries; returns its version."""
+    """Import a package, with its kernels where they are apart; returns its version."""
     module = importlib.import_module(name)
     if name == "xformers":
-        from xformers import _cpp_lib
-
         # xformers imports without its kernels and says why only when asked.
-        reason = getattr(_cpp_lib, "_cpp_library_load_exception", None)
+        reason = getattr(importlib.import_module("xformers._cpp_lib"), "_cpp_library_load_exception", None)
         if reason is not None:
             raise ImportError(f"{module.__version__} is installed but its kernels do not load: {reason}")
     return str(getattr(module, "__version__", "version unknown"))

@@ -284,7 +284,9 @@ class Denoiser(ABC):
         scheduler = self.pipe.scheduler
         if _host.is_preconditioned(scheduler):
             return scheduler.precondition_inputs(x, broadcast(level.sigma, x))
-        m = level.alpha + level.sigma if self.kind == "flow" else level.norm
+        # A network on flow sigmas sees (1 - sigma) x0 + sigma eps as it is, whatever it predicts.
+        flow = self.kind == "flow" or scheduler.config.get("use_flow_sigmas", False)
+        m = level.alpha + level.sigma if flow else level.norm
         return x / broadcast(m, x)
 
     def _time(self, z: Tensor, level: Level) -> Tensor:

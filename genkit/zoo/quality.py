@@ -95,3 +95,33 @@ def classifier(model: AttributeClassifier) -> dict[str, float]:
     batch = digits.draw("test", 1000, seed=0)
     read, _ = judged(model, batch.images)
     return {name: (read[name] == getattr(batch, name)).float().mean().item() for name in digits.LABELS}
+
+
+def measure(name: str, count: int = 1000) -> dict[str, dict[str, float]]:
+    """The figures of an embedded model's card, by what was measured.
+
+    Args:
+        name: an embedded model.
+        count: number of pictures; a card's figures are from 1,000.
+
+    Raises:
+        ValueError: a model that has no measurement.
+    """
+    from genkit.classifiers import load_classifier
+    from genkit.guidance import ClassifierGuidance
+    from genkit.pipelines import GuidedPipeline
+
+    if name in ("digits-classifier", "digits-judge"):
+        model = AttributeClassifier.from_pretrained(zoo.path(name), dtype=torch.float32).eval()
+        return {"held-out real digits": classifier(model)}
+    if name != "digits":
+        raise ValueError(f"There is no measurement of {name!r}. Measured: digits, digits-classifier, digits-judge.")
+    pipe = GuidedPipeline.from_pretrained(name)
+    guide = load_classifier("digits-classifier")
+    return {
+        "captions of test digits, 30 steps, CFG 2": text_to_image(pipe, count, num_inference_steps=30, guidance_scale=2.0),
+        "null prompt, 50 steps": steered(pipe, lambda targets: None, count, num_inference_steps=50),
+        "null prompt, 50 steps, classifier guidance to a digit": steered(
+            pipe, lambda targets: ClassifierGuidance(guide, targets), count, num_inference_steps=50
+        ),
+    }

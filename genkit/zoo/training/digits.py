@@ -22,7 +22,7 @@ from genkit.zoo.training import autoencoder
 from genkit.zoo.training.loop import TrainConfig, fit
 from genkit.zoo.training.tokenizer import build_tokenizer
 
-CONFIG = TrainConfig(steps=3600, batch_size=128, lr=1e-3, warmup=200, seed=31, ema_decay=0.999)
+CONFIG = TrainConfig(steps=3000, batch_size=128, lr=1e-3, warmup=200, seed=31, ema_decay=0.999)
 POOL = 65_536  # augmented pictures that are encoded once, before training
 MAX_LENGTH = 32
 
