@@ -118,7 +118,7 @@ def load_classifier(name: str) -> nn.Module:
 
 
 def _load_folder(name: str) -> nn.Module:
-    folder = Path(name) if Path(name).is_dir() else zoo.path(name)
+    folder = Path(name) if Path(name).is_dir() and name not in zoo.names() else zoo.path(name)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no classifier: config.json is missing.")
     check_folder(folder)

@@ -1,10 +1,10 @@
 """The one sampling loop. `scheduler.step` is the only integrator.
 
-    for each network evaluation:
-        x      <- guidance.before(x)
-        pred   <- guidance(predict)                        predict: one call of the denoiser
-        x_next <- scheduler.step(output of pred, t, x)
-        x      <- guidance.after(x_next)
+for each network evaluation:
+    x      <- guidance.before(x)
+    pred   <- guidance(predict)                        predict: one call of the denoiser
+    x_next <- scheduler.step(output of pred, t, x)
+    x      <- guidance.after(x_next)
 """
 
 from __future__ import annotations

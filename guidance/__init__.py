@@ -7,7 +7,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "base": ["Guidance", "Predict", "Scheduled", "State", "Sum"],
         "energy": ["EnergyGuidance"],
-        "classifier": ["ClassifierEnergy", "ClassifierGuidance", "EluCDDDPM", "EluCDEDM", "from_preset", "temperature_energy"],
+        "classifier": ["ClassifierEnergy", "ClassifierGuidance", "temperature_energy"],
+        "elucd": ["EluCDDDPM", "EluCDEDM", "from_preset"],
         "activations": ["softplus_activations"],
         "registry": ["describe", "names", "parse"],
     },

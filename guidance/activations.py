@@ -1,6 +1,6 @@
 """The activation swap of EluCD: ReLU -> Softplus(beta) makes a classifier's gradient smooth (Ma et al. 2024, section 4).
 
-    softplus_beta(x) = ln(1 + exp(beta x)) / beta        f(0) = ln 2 / beta, and f -> relu as beta -> infinity
+softplus_beta(x) = ln(1 + exp(beta x)) / beta        f(0) = ln 2 / beta, and f -> relu as beta -> infinity
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ A spec is `NAME` or `NAME:key=value,...`. Values are numbers, true/false, none, 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from genkit.errors import unknown
 
 if TYPE_CHECKING:
     from genkit.guidance.base import Guidance
@@ -35,9 +36,7 @@ def describe(name: str) -> Entry:
         ValueError: unknown; the message names the closest.
     """
     if name not in _ENTRIES:
-        close = difflib.get_close_matches(name, _ENTRIES, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"Unknown guidance {name!r}.{hint} Known: {', '.join(_ENTRIES)}.")
+        raise unknown("guidance", name, _ENTRIES)
     return _ENTRIES[name]
 
 
@@ -55,9 +54,7 @@ def split(spec: str) -> tuple[str, dict[str, Any]]:
         if not equals or not key or not value:
             raise ValueError(f"Guidance {name!r}: {item!r} is not key=value.")
         if key not in entry.parameters:
-            close = difflib.get_close_matches(key, entry.parameters, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"Guidance {name!r} has no parameter {key!r}.{hint} It takes: {', '.join(entry.parameters)}.")
+            raise unknown(f"parameter of guidance {name!r}", key, entry.parameters)
         values[key] = _value(value)
     return name.strip(), values
 
@@ -116,17 +113,17 @@ def _classifier(
 ) -> Guidance:
     """Builds `ClassifierGuidance` or one of the paper's two presets; what is None takes the preset's default."""
     from genkit.classifiers import load_classifier
-    from genkit.guidance import classifier as c
+    from genkit.guidance import elucd
 
     if label is None:
         raise ValueError("Guidance 'classifier' needs label=NAME or label=INDEX, for instance classifier:label=seven.")
-    if preset not in c.PRESETS:
-        raise ValueError(f"Guidance 'classifier': unknown preset {preset!r}. Use one of: {', '.join(c.PRESETS)}.")
+    if preset not in elucd.PRESETS:
+        raise ValueError(f"Guidance 'classifier': unknown preset {preset!r}. Use one of: {', '.join(elucd.PRESETS)}.")
     network = load_classifier(model)
     if pipe is not None:
         network.to(pipe.device)
     target = label.split("+") if isinstance(label, str) else label
-    return c.from_preset(
+    return elucd.from_preset(
         preset, network, target, scale=scale, tau1=tau1, tau2=tau2, softplus_beta=beta, gamma=gamma, m=m,
         route=route, attribute=attribute, preprocess=preprocess, size=size,
     )  # fmt: skip

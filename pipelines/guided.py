@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,8 @@ class GuidedPipelineOutput(BaseOutput):
 class GuidedPipeline:
     """Wraps a diffusers pipeline (`host`): same components, same call conventions, plus `guidance` and per-image `seeds`.
 
-    The host is shared, not copied, and is left as it was after each call; `save_pretrained` writes the stock format. Everything that
-    is not defined here (`components`, `to`, `progress_bar`, `vae`, `scheduler`, ...) is the host's.
+    The host is shared, not copied, and is left as it was after each call; `save_pretrained` writes the stock format. Everything
+    that is not defined here (`components`, `to`, `progress_bar`, `vae`, `scheduler`, ...) is the host's.
 
     Example:
         >>> pipe = GuidedPipeline.from_pretrained("digits")
@@ -79,9 +78,9 @@ class GuidedPipeline:
         Raises:
             ValueError: an unknown name, or a folder whose weights are missing, damaged, of the wrong shape or pickled.
         """
-        folder = Path(model)
-        if not folder.is_dir() and "/" not in str(model):
-            folder = zoo.path(str(model))
+        # An embedded name wins over a folder of that name, so that a recipe means the same in every working directory.
+        embedded = str(model) in zoo.names() or (not Path(model).is_dir() and "/" not in str(model))
+        folder = zoo.path(str(model)) if embedded else Path(model)
         if folder.is_dir():
             check_folder(folder, allow_pickle=allow_pickle)
         arguments.setdefault("dtype", torch.float32)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -101,7 +102,7 @@ def caption(digit: int, ink: int | None = None, paper: int | None = None, *, tem
 def with_articles(text: str) -> str:
     """Turn "a" into "an" before a vowel sound ("an eight", "an orange seven", "an 8")."""
     words = text.split()
-    for i, (article, following) in enumerate(zip(words, words[1:], strict=False)):
+    for i, (article, following) in enumerate(itertools.pairwise(words)):
         if article == "a" and (following[0] in "aei8" or following.startswith("or")):
             words[i] = "an"
     return " ".join(words)
@@ -181,8 +182,8 @@ def draw(split: str, count: int, *, seed: int = 0, augment: str = "none") -> Dig
 
 
 _AUGMENTATIONS = {
-    "mild": dict(degrees=6.0, scaling=0.06, pixels=1.0),
-    "strong": dict(degrees=15.0, scaling=0.15, pixels=2.5),
+    "mild": {"degrees": 6.0, "scaling": 0.06, "pixels": 1.0},
+    "strong": {"degrees": 15.0, "scaling": 0.15, "pixels": 2.5},
 }
 
 

@@ -1,6 +1,6 @@
 """Frechet distance of two sets of features under a Gaussian fit (Dowson & Landau 1982; Heusel et al. 2017, arXiv 1706.08500).
 
-    d^2 = ||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
+d^2 = ||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
 """
 
 from __future__ import annotations

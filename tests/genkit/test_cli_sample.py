@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from genkit.guidance import Guidance, State, registry
 from PIL import Image
 from typer.testing import CliRunner
 
 from genkit import samplers, zoo
 from genkit.cli.app import app
+from genkit.guidance import Guidance, State, registry
 from genkit.images import read_text
 from genkit.prediction import Prediction
 from genkit.recipe import Recipe, read_recipe

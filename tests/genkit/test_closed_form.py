@@ -16,8 +16,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatch
 from torch import nn
 
 from genkit.denoisers.analytic import GaussianDenoiser, GaussianMixtureDenoiser
-from genkit.guidance import EnergyGuidance, Guidance, State, softplus_activations, temperature_energy
-from genkit.guidance.classifier import ClassifierEnergy, EluCDEDM
+from genkit.guidance import ClassifierEnergy, EluCDEDM, EnergyGuidance, Guidance, State, softplus_activations, temperature_energy
 from genkit.levels import Level, levels_of
 from genkit.prediction import KINDS
 from genkit.sampling import sample

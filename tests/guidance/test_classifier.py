@@ -19,7 +19,8 @@ from genkit.sampling import sample
 def tiny_classifier(classes=4):
     torch.manual_seed(0)
     relu = nn.ReLU()
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), relu, nn.Conv2d(4, 4, 3), relu, nn.Flatten(), nn.LazyLinear(classes))
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), relu, nn.Conv2d(4, 4, 3), relu)
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.LazyLinear(classes))
 
 
 @pytest.fixture

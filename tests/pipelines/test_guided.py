@@ -11,6 +11,7 @@ from genkit.guidance import EnergyGuidance, Guidance
 from genkit.pipelines import GuidedPipeline
 from tests import tiny
 
+
 def inputs(family: str, count: int = 2) -> dict:
     if family in ("ddpm", "ddim"):
         return {"seeds": list(range(count))}
@@ -111,11 +112,10 @@ def test_callbacks(pipe, family):
         seen.append((step, set(tensors)))
         return {"latents": torch.zeros_like(tensors["latents"])} if step == len(owner.scheduler.timesteps) - 1 else None
 
-    latents = run(
-        pipe, family, output_type="latent", callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents", "x0", "eps"]
-    )
+    names = ["latents", "x0", "eps"]
+    latents = run(pipe, family, output_type="latent", callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
     last = len(pipe.scheduler.timesteps) - 1  # PNDM evaluates once more than it steps
-    assert seen == [(i, {"latents", "x0", "eps"}) for i in range(last + 1)]
+    assert seen == [(i, set(names)) for i in range(last + 1)]
     assert latents.abs().sum() == 0
     with pytest.raises(ValueError, match="sigma"):
         run(pipe, family, callback_on_step_end_tensor_inputs=["sigma"])
@@ -179,8 +179,9 @@ def test_generators_follow_diffusers(sd):
     def generators():
         return [torch.Generator().manual_seed(i) for i in range(2)]
 
-    ours = sd(["a cat", "a cat"], generator=generators(), num_inference_steps=3, guidance_scale=5.0, output_type="latent").images
-    stock = sd.host(["a cat", "a cat"], generator=generators(), num_inference_steps=3, guidance_scale=5.0, output_type="latent").images
+    arguments = {"num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "latent"}
+    ours = sd(["a cat", "a cat"], generator=generators(), **arguments).images
+    stock = sd.host(["a cat", "a cat"], generator=generators(), **arguments).images
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
 
 

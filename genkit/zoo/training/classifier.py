@@ -14,8 +14,8 @@ from genkit.data import digits
 from genkit.zoo.training.loop import TrainConfig, fit
 
 SETTINGS = {
-    "digits-classifier": dict(block_out_channels=(16, 32, 64, 128), layers_per_block=1, activation="relu", norm_num_groups=8),
-    "digits-judge": dict(block_out_channels=(24, 48, 96, 128), layers_per_block=1, activation="silu", norm_num_groups=8, dropout=0.2),
+    "digits-classifier": {"block_out_channels": (16, 32, 64, 128), "activation": "relu"},
+    "digits-judge": {"block_out_channels": (24, 48, 96, 128), "activation": "silu", "dropout": 0.2},
 }
 CONFIGS = {
     "digits-classifier": TrainConfig(steps=2500, lr=2e-3, seed=11),
@@ -28,7 +28,7 @@ def train(name: str, folder: Path, *, steps: int | None = None, resume: bool = F
     config = CONFIGS[name] if steps is None else dataclasses.replace(CONFIGS[name], steps=steps)
     torch.manual_seed(config.seed)
     labels = {key: list(names) for key, names in digits.LABELS.items()}
-    model = AttributeClassifier(labels=labels, **SETTINGS[name])
+    model = AttributeClassifier(labels=labels, layers_per_block=1, **SETTINGS[name])
 
     def loss(model: nn.Module, generator: torch.Generator, step: int) -> Tensor:
         seed = int(torch.randint(2**31, (), generator=generator))

@@ -1,8 +1,8 @@
 """Trains `digits`: a text-to-image latent diffusion model of 32 x 32 coloured digits, in Stable Diffusion's own classes.
 
-v-prediction (Salimans & Ho 2022, arXiv 2202.00512), E || v - v_theta(alpha z + sigma eps, t, c) ||^2 with v = alpha eps - sigma z, on
-Stable Diffusion's scaled-linear schedule. The text encoder is trained jointly; 10 % of the captions are empty, which trains the
-null prompt of classifier-free guidance.
+v-prediction (Salimans & Ho 2022, arXiv 2202.00512), E || v - v_theta(alpha z + sigma eps, t, c) ||^2 with v = alpha eps - sigma z,
+on Stable Diffusion's scaled-linear schedule. The text encoder is trained jointly; 10 % of the captions are empty, which trains
+the null prompt of classifier-free guidance.
 """
 
 from __future__ import annotations
