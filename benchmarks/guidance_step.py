@@ -57,7 +57,6 @@ def measure(pipe: GuidedPipeline, inputs: dict[str, Any], batch: int, rounds: in
     pipe.set_progress_bar_config(disable=True)
     network = load_classifier("digits-classifier").to(pipe.device)
     energy = ClassifierEnergy(network, 7)
-    codec = pipe.denoiser.codec
     z = torch.randn(batch, *pipe.denoiser.latent_shape(None, None), device=pipe.device)
 
     def run(guidance: Guidance | None) -> None:
@@ -66,8 +65,7 @@ def measure(pipe: GuidedPipeline, inputs: dict[str, Any], batch: int, rounds: in
     def evaluate() -> None:
         for _ in range(STEPS):
             leaf = z.clone().requires_grad_(True)
-            images = leaf if codec is None else codec.decode(leaf)
-            torch.autograd.grad(energy(images).sum(), leaf)
+            torch.autograd.grad(energy(pipe.denoiser.decode(leaf)).sum(), leaf)
 
     cases = {
         "plain": lambda: run(None),

@@ -56,6 +56,10 @@ class State:
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
     log: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images (B, 3, H, W), about in [-1, 1], of clean samples; a pixel-space model's samples are images."""
+        return x0 if self.codec is None else self.codec.decode(x0)
+
     @property
     def progress(self) -> float:
         """Fraction of the run that is done before this evaluation, 0 to 1 (0 first, 1 last)."""

@@ -37,10 +37,9 @@ class EluCDDDPM(Guidance):
         return self.scale != 0
 
     def shift(self, state: State, prediction: Prediction) -> None:
-        codec = state.codec
         # The clamp of pixels comes before the graph: inside it, saturated pixels would get no gradient.
-        x0 = prediction.x0.clamp(-1, 1) if codec is None else prediction.x0
-        value, gradient = differentiate(lambda z: self.energy(z if codec is None else codec.decode(z)), x0)
+        x0 = prediction.x0.clamp(-1, 1) if state.codec is None else prediction.x0
+        value, gradient = differentiate(lambda z: self.energy(state.decode(z)), x0)
         state.log[self.name] = value
         state.cache[self, "gradient"] = gradient
         state.cache[self, "variance"] = prediction.variance

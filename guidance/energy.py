@@ -112,7 +112,7 @@ class EnergyGuidance(Guidance):
         return level.alpha * variance / (level.alpha**2 * variance + level.sigma**2)
 
     def _evaluate(self, z: Tensor, state: State) -> Tensor:
-        images = state.codec.decode(z) if self.space == "image" and state.codec is not None else z
+        images = state.decode(z) if self.space == "image" else z
         value = self.energy(images, state.level) if self._takes_level else self.energy(images)
         if not isinstance(value, Tensor) or value.shape != (len(z),):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

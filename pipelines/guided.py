@@ -264,9 +264,7 @@ class GuidedPipeline:
     def _decode(self, x: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return x
-        codec = self.denoiser.codec
-        images = x if codec is None else codec.decode(x)
-        return VaeImageProcessor(vae_scale_factor=1).postprocess(images.float(), output_type=output_type)
+        return VaeImageProcessor(vae_scale_factor=1).postprocess(self.denoiser.decode(x).float(), output_type=output_type)
 
     def _check_guidance(self, guidance: Guidance | None) -> None:
         """Offload hooks swap weights between forward and backward, which breaks gradients silently."""

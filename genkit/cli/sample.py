@@ -51,7 +51,7 @@ def sample(
     grid: Annotated[bool, _option(_WHERE, "Draw a labelled contact sheet, grid.png.")] = True,
     resume: Annotated[bool, _option(_WHERE, "Keep the images that are there already.", "--resume")] = False,
     dry_run: Annotated[bool, _option(_WHERE, "Print what would be made, and stop.", "--dry-run")] = False,
-    batch: Annotated[int, _option(_MACHINE, "Images at a time; it does not change them.", min=1)] = 16,
+    batch: Annotated[int, _option(_MACHINE, "Images at a time; it changes none by more than rounding.", min=1)] = 16,
     device: Device = "auto",
     dtype: Annotated[str | None, _option(_MACHINE, "float32, float16 or bfloat16.", show_default="float32")] = None,
     allow_pickle: Annotated[bool, _option(_MACHINE, "Accept weights that are pickles.", "--allow-pickle")] = False,

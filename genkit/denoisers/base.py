@@ -230,6 +230,14 @@ class Denoiser(ABC):
         """The network's dtype."""
         return self.network.dtype
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Clean samples (B, c, h, w) of images (B, 3, H, W) in [-1, 1]; a pixel-space model's are the images."""
+        return images if self.codec is None else self.codec.encode(images)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images (B, 3, H, W), about in [-1, 1], of clean samples (B, c, h, w)."""
+        return x0 if self.codec is None else self.codec.decode(x0)
+
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None, *, guidance_scale: float = 1.0) -> Prediction:
         """Evaluate the network once.
 

@@ -83,7 +83,7 @@ def ours(denoiser: Denoiser, noise: Tensor, cond: Cond | None, guidance_scale: f
 
 def images(denoiser: Denoiser, x: Tensor) -> Tensor:
     with torch.no_grad():
-        x = x if denoiser.codec is None else denoiser.codec.decode(x)
+        x = denoiser.decode(x)
     return (x / 2 + 0.5).clamp(0, 1)
 
 

@@ -88,9 +88,7 @@ def test_guidance_steers(pipe, family):
 
     def record(owner, step, timestep, tensors):
         if step == 1:  # the middle of the run: neither pure noise nor clean
-            codec = pipe.denoiser.codec
-            images = tensors["x0"] if codec is None else codec.decode(tensors["x0"])
-            brightness[guidance] = images.double().mean((1, 2, 3))
+            brightness[guidance] = pipe.denoiser.decode(tensors["x0"]).double().mean((1, 2, 3))
 
     steer = darker(1.0).between(0.3, 0.7)
     for guidance in (None, steer):

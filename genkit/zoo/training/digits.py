@@ -22,7 +22,7 @@ from genkit.zoo.training import autoencoder
 from genkit.zoo.training.loop import TrainConfig, fit
 from genkit.zoo.training.tokenizer import build_tokenizer
 
-CONFIG = TrainConfig(steps=3000, batch_size=128, lr=1e-3, warmup=200, seed=31, ema_decay=0.999)
+CONFIG = TrainConfig(steps=4500, batch_size=128, lr=1e-3, warmup=200, seed=31, ema_decay=0.999)
 POOL = 65_536  # augmented pictures that are encoded once, before training
 MAX_LENGTH = 32
 
@@ -121,7 +121,7 @@ def _encode_pool(vae: AutoencoderKL) -> tuple[Tensor, list[tuple[int, int, int]]
     """Scaled latents (N, 4, 8, 8) of the pool, and the attributes of each."""
     latents, attributes = [], []
     for seed in range(POOL // 4096):
-        batch = digits.draw("train", 4096, seed=1000 + seed, augment="mild")
+        batch = digits.draw("train", 4096, seed=1000 + seed, augment="none")
         latents += [vae.encode(part).latent_dist.mean * vae.config.scaling_factor for part in batch.images.split(512)]
         attributes += batch.attributes()
     return torch.cat(latents).clone(), attributes
