@@ -190,7 +190,9 @@ class ClassifierGuidance(EnergyGuidance):
 
     Args:
         classifier, target, tau1, tau2, attribute, softplus_beta, preprocess, size: see `ClassifierEnergy`.
-        scale: weight of the gradient.
+        scale: weight of the gradient. 1 is Bayes' rule for a calibrated classifier of noisy images; one that sees predicted clean
+            images needs more. 8 was measured on `digits` (null prompt, 50 steps, judge's accuracy on 100 pictures / ratio of Frechet
+            distances: scale 0 12 % / 1.34, 1 39 % / 1.25, 4 84 % / 1.05, 8 97 % / 1.07, 16 99 % / 1.15).
         gamma: the sine schedule: the weight is scale * (1 + gamma sin(pi progress)), so the middle of the run is guided more
             than its ends (EluCD, section 4.4).
         route: gradient route; "x0_detached" is the paper's.
@@ -206,7 +208,7 @@ class ClassifierGuidance(EnergyGuidance):
         self,
         classifier: nn.Module,
         target: Target,
-        scale: float = 1.0,
+        scale: float = 8.0,
         *,
         gamma: float = 0.3,
         route: str = "x0_detached",

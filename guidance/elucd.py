@@ -137,7 +137,7 @@ def from_preset(
 
     | preset  | site          | scale | tau2 | softplus beta | gamma | source                          |
     |---------|---------------|-------|------|---------------|-------|---------------------------------|
-    | default | score         | 1     | 1    | none          | 0.3   | measured on `digits`            |
+    | default | score         | 8     | 1    | none          | 0.3   | measured on `digits`            |
     | ddpm    | after step    | 1     | 0.5  | 3             | 0.3   | EluCD, ImageNet-128, 250 steps  |
     | edm     | before denoise| (m)   | 0    | 5             | 0.3   | EluCD, ImageNet-64, 10 steps    |
     """
@@ -151,8 +151,9 @@ def from_preset(
         **energy,
     }
     gamma = 0.3 if gamma is None else gamma
-    scale = 1.0 if scale is None else scale
     if preset == "default":
+        scale = 8.0 if scale is None else scale
         return ClassifierGuidance(classifier, target, scale, gamma=gamma, route=route, **arguments)
+    scale = 1.0 if scale is None else scale
     potential = ClassifierEnergy(classifier, target, **arguments)
     return EluCDDDPM(potential, scale, gamma) if preset == "ddpm" else EluCDEDM(potential, m * scale, gamma)
