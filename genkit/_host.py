@@ -105,5 +105,5 @@ def is_offloaded(pipe: Any) -> bool:
 
 def _is_group_offloaded(module: torch.nn.Module) -> bool:
     """Group offloading sits on blocks or leaves, not on the component itself."""
-    registries = [m._diffusers_hook for m in module.modules() if hasattr(m, "_diffusers_hook")]
+    registries: list[Any] = [m._diffusers_hook for m in module.modules() if hasattr(m, "_diffusers_hook")]
     return any(registry.get_hook("group_offloading") is not None for registry in registries)

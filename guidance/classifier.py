@@ -191,8 +191,8 @@ class ClassifierGuidance(EnergyGuidance):
     Args:
         classifier, target, tau1, tau2, attribute, softplus_beta, preprocess, size: see `ClassifierEnergy`.
         scale: weight of the gradient. 1 is Bayes' rule for a calibrated classifier of noisy images; one that sees predicted clean
-            images needs more. 8 was measured on `digits` (null prompt, 50 steps, judge's accuracy on 100 pictures / ratio of Frechet
-            distances: scale 0 12 % / 1.34, 1 39 % / 1.25, 4 84 % / 1.05, 8 97 % / 1.07, 16 99 % / 1.15).
+            images needs more. 8 was measured on `digits` (null prompt, 50 steps; judge's accuracy on 100 pictures, ratio of
+            Frechet distances: scale 0: 12 %, 1.34; 1: 39 %, 1.25; 4: 84 %, 1.05; 8: 97 %, 1.07; 16: 99 %, 1.15).
         gamma: the sine schedule: the weight is scale * (1 + gamma sin(pi progress)), so the middle of the run is guided more
             than its ends (EluCD, section 4.4).
         route: gradient route; "x0_detached" is the paper's.

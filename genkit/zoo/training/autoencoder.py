@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
 from genkit.data import digits
 from genkit.zoo.training.loop import TrainConfig, fit
@@ -35,7 +36,7 @@ def train(folder: Path, *, steps: int | None = None, resume: bool = False, devic
         force_upcast=False,
     )
 
-    def loss(model: nn.Module, generator: torch.Generator, step: int) -> Tensor:
+    def loss(model: Any, generator: torch.Generator, step: int) -> Tensor:
         seed = int(torch.randint(2**31, (), generator=generator))
         x = digits.draw("train", config.batch_size, seed=seed, augment="strong").images
         x = x.to(device)

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,15 +51,15 @@ class TrainConfig:
 
 def fit(
     model: nn.Module,
-    loss: Callable[[nn.Module, torch.Generator, int], Tensor],
+    loss: Callable[[Any, torch.Generator, int], Tensor],
     config: TrainConfig,
     folder: Path,
     *,
     name: str,
     resume: bool = False,
     device: str = "cpu",
-) -> nn.Module:
-    """Train `model` and return its EMA.
+) -> Any:
+    """Train `model` and return its EMA, a model of the same class.
 
     Args:
         loss: `(model, generator, step) -> scalar`; all randomness of the step comes from the generator.
