@@ -54,7 +54,7 @@ def split(spec: str) -> tuple[str, dict[str, Any]]:
         if not equals or not key or not value:
             raise ValueError(f"Guidance {name!r}: {item!r} is not key=value.")
         if key not in entry.parameters:
-            raise unknown(f"parameter of guidance {name!r}", key, entry.parameters)
+            raise unknown(f"{name} parameter", key, entry.parameters)
         values[key] = _value(value)
     return name.strip(), values
 

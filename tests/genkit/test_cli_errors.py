@@ -40,7 +40,7 @@ def line(tiny_folder: Path, tmp_path: Path) -> tuple[object, ...]:
         (["--device", "cuda:77"], "'cuda:77' is not usable here"),
         (["--dtype", "float33"], "Unknown dtype 'float33'. Did you mean 'float32'"),
         (["--guidance", "clasifier:label=1"], "Unknown guidance 'clasifier'. Did you mean 'classifier'"),
-        (["--guidance", "classifier:lable=1"], "no parameter 'lable'. Did you mean 'label'"),
+        (["--guidance", "classifier:lable=1"], "Unknown classifier parameter 'lable'. Did you mean 'label'"),
         (["--guidance", "classifier:label"], "'label' is not key=value"),
         (["--guidance", "classifier:scale=1"], "needs label"),
         (["--sweep", "cgf=1,2"], "Unknown sweep key 'cgf'. Did you mean 'cfg'"),
