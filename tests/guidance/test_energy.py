@@ -108,3 +108,12 @@ def test_energy_of_wrong_shape_or_value():
         EnergyGuidance(lambda z: z.sum()).shift(state, prediction)
     with pytest.raises(FloatingPointError, match="evaluation 1 of 1"):
         EnergyGuidance(lambda z: (z * float("nan")).flatten(1).sum(1)).shift(state, prediction)
+
+
+def test_duplicated_halves_get_identical_shifts():
+    """Pipelines that double the batch for classifier-free guidance pass both halves on."""
+    half = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    state = state_at(torch.cat([half, half]))
+    prediction = GaussianDenoiser(torch.zeros(1, 4, 4), 1.0)(state.x, LEVEL)
+    shift = EnergyGuidance(lambda z: -z.pow(4).flatten(1).sum(1), 2.0).shift(state, prediction)
+    assert torch.equal(*shift.chunk(2))
