@@ -83,6 +83,8 @@ def train(folder: Path, *, steps: int | None = None, resume: bool = False, devic
     config = CONFIG if steps is None else dataclasses.replace(CONFIG, steps=steps)
     if (folder / "vae" / "config.json").exists():
         vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
+        # diffusers notes the folder that it read; the saved model must not name a folder of this machine.
+        vae.register_to_config(_name_or_path="")
     else:
         vae = autoencoder.train(folder / "vae", resume=resume, device=device)
     torch.manual_seed(config.seed)
