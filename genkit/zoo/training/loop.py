@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -120,9 +121,7 @@ def fit(
 
 def _warmup_cosine(step: int, config: TrainConfig) -> float:
     """Factor on the learning rate at a step."""
-    import math
-
     if step < config.warmup:
         return (step + 1) / config.warmup
-    progress_ = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress_)))
+    fraction = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
