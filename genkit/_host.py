@@ -51,6 +51,38 @@ def evaluation_orders(scheduler: Any) -> list[int]:
     return [1 + i % 2 for i in range(count)] if is_second_order(scheduler) else [1] * count
 
 
+def starts_step(scheduler: Any, index: int) -> bool:
+    """Whether `step` at this entry of `timesteps` goes on from the sample that it is given, not from that of an earlier stage."""
+    if is_second_order(scheduler):
+        return index % 2 == 0
+    if hasattr(scheduler, "prk_timesteps"):  # PNDM: Runge-Kutta steps of four stages, then a first step of two
+        warm_up = len(scheduler.prk_timesteps)
+        return index % 4 == 0 if index < warm_up else index != 1 or warm_up > 0
+    orders = getattr(scheduler, "order_list", None)  # DPMSolverSinglestep
+    return orders is None or orders[index] == 1
+
+
+def forget_history(scheduler: Any) -> None:
+    """Tell a multistep scheduler that its sample was replaced: the next step is of first order and has no corrector.
+
+    DPM-Solver, UniPC, DEIS and SA extrapolate differences of predictions, which fresh noise in between would spoil; the linear
+    combinations of LMS and PNDM stand it.
+    """
+    if hasattr(scheduler, "lower_order_nums"):
+        scheduler.lower_order_nums = 0
+    if hasattr(scheduler, "last_sample"):
+        scheduler.last_sample = None
+
+
+def final_alpha_sigma(scheduler: Any) -> tuple[float, float]:
+    """(alpha, sigma) of the sample that the last step returns."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if evaluation_sigmas(scheduler) is not None and isinstance(sigmas, Tensor):
+        return alpha_sigma(scheduler, float(sigmas[-1]))
+    abar = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
+    return abar**0.5, (1 - abar) ** 0.5
+
+
 def evaluation_sigmas(scheduler: Any) -> list[float] | None:
     """The sigma at which the network is evaluated at each entry of `timesteps`; None for abar-indexed schedulers.
 

@@ -1,7 +1,7 @@
 """Recipe: everything needed to repeat one image. It is data: validated field by field, it never runs or loads anything by itself.
 
 A recipe is written into each PNG (text chunk "genkit") and its side-car JSON. Read back, it may come from anyone, so
-`require_trusted` refuses what a stranger must not choose: other models than the embedded ones, and code.
+`require_trusted` refuses what a stranger must not choose: other models than the embedded ones, token files, and code.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Recipe:
         width, height: in pixels, both or neither; None is the model's own size.
         guidance: specs such as "classifier:label=seven,scale=2"; they are summed.
         dtype: "float32", "float16" or "bfloat16".
+        tokens: the token files that the prompt may need, by content: `genkit.tokens.TokenFile.identity`.
 
     Raises:
         ValueError: a field has the wrong type or range; the message names field and value.
@@ -69,6 +70,7 @@ class Recipe:
     height: int | None = None
     guidance: tuple[str, ...] = ()
     dtype: str = "float32"
+    tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require_text("model", self.model, 4096)
@@ -103,10 +105,20 @@ class Recipe:
         object.__setattr__(self, "guidance", tuple(self.guidance))
         if self.dtype not in DTYPES:
             raise unknown("dtype", str(self.dtype), DTYPES)
+        if not isinstance(self.tokens, (list, tuple)) or len(self.tokens) > 64:
+            raise ValueError(f"tokens must be a list of at most 64; got {self.tokens!r:.200}.")
+        for token in self.tokens:
+            _require_text("tokens", token, 120)
+            if not re.fullmatch(r"\S+:[0-9a-f]{12}", token):
+                raise ValueError(f"tokens must be such as '<seven>:0123456789ab'; got {token!r}.")
+        object.__setattr__(self, "tokens", tuple(self.tokens))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return {**dataclasses.asdict(self), "guidance": list(self.guidance)}
+        fields = {**dataclasses.asdict(self), "guidance": list(self.guidance), "tokens": list(self.tokens)}
+        if not self.tokens:
+            del fields["tokens"]  # so that recipes from before there were tokens keep their hashes and names
+        return fields
 
     def to_json(self, versions: Mapping[str, str] | None = None) -> str:
         """JSON (ASCII) of the fields and, for the reader's information, the versions it was made with."""
@@ -172,20 +184,25 @@ class Recipe:
             settings["Eta"] = f"{self.eta:g}"
         if self.guidance:
             settings["Guidance"] = json.dumps(" + ".join(self.guidance))  # quoted, as the format does for values with commas
+        if self.tokens:
+            settings["TI hashes"] = json.dumps(", ".join(token.replace(":", ": ") for token in self.tokens))
         settings["Version"] = f"genkit {versions.get('genkit', '?')}"
         lines = [self.prompt if self.prompt is not None else self.subject]
         if self.negative:
             lines.append(f"Negative prompt: {self.negative}")
         return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in settings.items())])
 
-    def require_trusted(self, *, models: Collection[str] = (), guidance: Collection[str] = ()) -> None:
+    def require_trusted(
+        self, *, models: Collection[str] = (), guidance: Collection[str] = (), tokens: Collection[str] = ()
+    ) -> None:
         """Check that a recipe from elsewhere loads and runs nothing that the user did not name.
 
         Args:
-            models, guidance: models and guidance specs that the user named.
+            models, guidance, tokens: models and guidance specs that the user named, and identities of the token files.
 
         Raises:
-            ValueError: another model than an embedded one, or guidance that is unknown, is code, or loads something.
+            ValueError: another model than an embedded one, a token whose file the user did not name, or guidance that is unknown,
+                is code, or loads something.
         """
         if self.model not in (*zoo.names(), *models):
             raise ValueError(
@@ -194,6 +211,9 @@ class Recipe:
         for spec in self.guidance:
             if spec not in guidance:
                 _require_harmless(spec)
+        for token in self.tokens:
+            if token not in tokens:
+                raise ValueError(f"The recipe uses the token {token.rpartition(':')[0]!r}. Name its file: --token FILE.")
 
     def run(self, pipe: Any) -> Image:
         """Make the image with a `GuidedPipeline` of `model` in `dtype`.
@@ -243,11 +263,14 @@ def _require_harmless(spec: str) -> None:
     from genkit.guidance import registry
 
     advice = "If you trust it, repeat it: --guidance SPEC."
-    if spec.partition(":")[0].strip() not in registry.names():
+    name, _ = registry.head(spec)
+    if name not in registry.names():
         raise ValueError(f"The recipe wants the guidance {spec!r:.200}, which genkit does not know by that name. {advice}")
-    for key, value in registry.split(spec)[1].items():
+    entry = registry.describe(name)
+    values = {**({} if entry.model is None else {"model": entry.model}), **registry.split(spec)[1]}
+    for key, value in values.items():
         loads = key == "model" and value not in zoo.names()
-        if loads or (isinstance(value, str) and re.search(r"[/\\:]", value)):
+        if loads or (isinstance(value, str) and key not in entry.texts and re.search(r"[/\\:]", value)):
             raise ValueError(f"The recipe's guidance {spec!r:.200} would load {str(value)!r:.200}, which is not embedded. {advice}")
 
 

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -42,15 +40,22 @@ class Outcome:
 
 
 def load(
-    model: str, *, dtype: str = "float32", device: str = "cpu", allow_pickle: bool = False, quiet: bool = False
+    model: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    tokens: Sequence[Path] = (),
+    allow_pickle: bool = False,
+    quiet: bool = False,
 ) -> GuidedPipeline:
     """The pipeline for recipes of a model, on a device. An embedded name wins over a folder of the same name.
 
     Args:
+        tokens: token files to load.
         quiet: silence the libraries' warnings too, from now on.
 
     Raises:
-        ValueError, OSError: see `GuidedPipeline.from_pretrained`.
+        ValueError, OSError: see `GuidedPipeline.from_pretrained` and `GuidedPipeline.load_tokens`.
     """
     import torch
     from diffusers.utils import logging as diffusers_logging
@@ -72,6 +77,8 @@ def load(
         reason = " ".join(str(error).split())[:200]
         raise OSError(f"The model {model!r} is no folder here, and the Hub does not give it ({reason}). Check its name.") from error
     pipe.host.set_progress_bar_config(disable=True)
+    if tokens:
+        pipe.load_tokens(*tokens)
     return pipe.to(device)
 
 
@@ -121,10 +128,9 @@ def _settings(recipe: Recipe) -> Recipe:
 
 
 def _guidance(pipe: GuidedPipeline, settings: Recipe) -> Guidance | None:
-    from genkit.guidance.registry import parse
+    from genkit.guidance.registry import parse_all
 
-    parts = [parse(spec, pipe) for spec in settings.guidance]
-    return functools.reduce(operator.add, parts) if parts else None
+    return parse_all(settings.guidance, pipe)
 
 
 def _run_or_split(
@@ -150,6 +156,9 @@ def _sample(
 ) -> tuple[list[Image], dict[str, Any]]:
     """Images and the scheduler's description; the pipeline keeps its own scheduler."""
     first, own = recipes[0], pipe.scheduler
+    missing = [token for token in first.tokens if token not in pipe.tokens]
+    if missing:
+        raise ValueError(f"The recipe uses the token {missing[0]!r}. Load its file: pipe.load_tokens(FILE), --token FILE.")
 
     def advance(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
         if progress is not None:

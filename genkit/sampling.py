@@ -40,6 +40,7 @@ def sample(
     eta: float = 0.0,
     on_step: Callback | None = None,
     interrupted: Callable[[], bool] | None = None,
+    grad_evaluations: int | None = None,
 ) -> Tensor:
     """Run the scheduler's timesteps from `x` and return the final sample (B, ...).
 
@@ -53,13 +54,18 @@ def sample(
         eta: noise of DDIM-like schedulers, 0 to 1.
         on_step: called as `(state, prediction, x_next)` after each evaluation; may return another `x_next`.
         interrupted: asked before each evaluation; True ends the run early.
+        grad_evaluations: differentiate through the last so many network evaluations and run those before without a graph;
+            None leaves the caller's gradient mode. A second-order scheduler has two evaluations a step.
 
     Raises:
+        ValueError: `grad_evaluations` is negative or more than there are.
         FloatingPointError: the prediction became NaN or infinite; names the evaluation and the guidance.
     """
     from genkit.guidance.base import State
 
     levels = levels_of(scheduler)
+    if grad_evaluations is not None and not 0 <= grad_evaluations <= len(levels):
+        raise ValueError(f"grad_evaluations={grad_evaluations} must be 0 to {len(levels)}, the number of network evaluations.")
     _host.begin(scheduler)
     state = State(x, levels[0], levels, cond, denoiser.codec, None if seeds is None else list(seeds), scheduler)
 
@@ -69,23 +75,31 @@ def sample(
             x = state.x.detach().requires_grad_(True) if grad and not state.x.requires_grad else state.x
             return denoiser(x, state.level, state.cond, guidance_scale=guidance_scale)
 
-    for level, t in zip(levels, scheduler.timesteps, strict=True):
+    for level in levels:
         if interrupted is not None and interrupted():
             break
         state.level, state.log = level, {}
-        if guidance is not None:
-            state.x = guidance.before(state)
-        prediction = predict() if guidance is None else guidance(state, predict)
-        _require_finite(prediction, state, guidance)
-        arguments = _step_arguments(scheduler, level, generator, eta)
-        x_next = scheduler.step(model_output(scheduler, prediction), t, state.x, **arguments, return_dict=False)[0]
-        if guidance is not None:
-            x_next = guidance.after(state, x_next)
-        if on_step is not None:
-            replaced = on_step(state, prediction, x_next)
-            x_next = x_next if replaced is None else replaced
+        grad = torch.is_grad_enabled() if grad_evaluations is None else level.index >= len(levels) - grad_evaluations
+        with torch.set_grad_enabled(grad):
+            if guidance is not None:
+                state.x = guidance.before(state)
+            prediction = predict() if guidance is None else guidance(state, predict)
+            _require_finite(prediction, state, guidance)
+            x_next = step(scheduler, level, prediction, state.x, generator=generator, eta=eta)
+            if guidance is not None:
+                x_next = guidance.after(state, x_next)
+            if on_step is not None:
+                replaced = on_step(state, prediction, x_next)
+                x_next = x_next if replaced is None else replaced
         state.x = x_next
     return state.x
+
+
+def step(scheduler: Any, level: Level, prediction: Prediction, x: Tensor, *, generator: Any = None, eta: float = 0.0) -> Tensor:
+    """The scheduler's step from x (B, ...) at `level` with a prediction made there: the sample at the next level."""
+    arguments = _step_arguments(scheduler, level, generator, eta)
+    t = scheduler.timesteps[level.index]
+    return scheduler.step(model_output(scheduler, prediction), t, x, **arguments, return_dict=False)[0]
 
 
 def model_output(scheduler: Any, prediction: Prediction) -> Tensor:

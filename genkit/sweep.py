@@ -51,25 +51,31 @@ def parse_size(text: str) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """A setting and the values it takes: a field of the recipe, or a parameter of a guidance (`classifier.scale`)."""
+    """A setting and the values it takes: a field of the recipe, or a parameter of a guidance.
+
+    A guidance goes by its name, a function by its own: `classifier.scale`, `myfunction.scale`; of several with one name,
+    `classifier#2.scale` is the second.
+    """
 
     key: str
     values: tuple[str, ...]
 
     @classmethod
     def parse(cls, text: str) -> Axis:
-        """An axis from "cfg=1,3,5".
+        """An axis from "cfg=1,3,5"; a value with commas is quoted.
 
         Raises:
             ValueError: malformed, an unknown key, or no values.
         """
+        from genkit.guidance.registry import items
+
         key, equals, values = text.partition("=")
         key = key.strip()
         if not equals or not key:
             raise ValueError(f"Sweep {text!r} is not key=a,b,c. Write for instance cfg=1,3,5.")
         if key not in FIELDS and "." not in key:
             raise unknown("sweep key", key, [*FIELDS, "GUIDANCE.PARAMETER"])
-        parts = tuple(dict.fromkeys(value.strip() for value in values.split(",")))
+        parts = tuple(dict.fromkeys(items(values)))
         if "" in parts and key != "negative":
             raise ValueError(f"Sweep {text!r} has an empty value. Write for instance {key}=1,3,5.")
         return cls(key, parts)
@@ -80,10 +86,12 @@ class Axis:
         Raises:
             ValueError: a value of the wrong type or range, or the recipe lacks the guidance.
         """
+        from genkit.guidance.registry import unquote
+
         if self.key not in FIELDS:
             return dataclasses.replace(recipe, guidance=_with_parameter(recipe.guidance, self.key, value))
         try:
-            converted = FIELDS[self.key](value)
+            converted = FIELDS[self.key](unquote(value))
         except ValueError:
             raise ValueError(f"Sweep of {self.key}: {value!r} is not a number.") from None
         return dataclasses.replace(recipe, **{self.key: converted})
@@ -91,15 +99,23 @@ class Axis:
 
 def _with_parameter(specs: Sequence[str], key: str, value: str) -> tuple[str, ...]:
     """Guidance specs with one parameter of one of them replaced or added."""
-    name, _, parameter = key.partition(".")
-    places = [i for i, spec in enumerate(specs) if spec.partition(":")[0].strip() == name]
-    if len(places) != 1:
-        found = "there is none" if not places else f"there are {len(places)}"
-        raise ValueError(f"Sweep of {key!r} needs exactly one guidance {name!r}, but {found}. Add --guidance {name}:...")
-    head, _, rest = specs[places[0]].partition(":")
-    others = [item for item in rest.split(",") if item.strip() and item.partition("=")[0].strip() != parameter]
-    changed = f"{head}:{','.join([*others, f'{parameter}={value}'])}"
-    return tuple(changed if i == places[0] else spec for i, spec in enumerate(specs))
+    from genkit.guidance.registry import head, items
+
+    which, _, parameter = key.rpartition(".")
+    name, _, number = which.partition("#")
+    places = [i for i, spec in enumerate(specs) if head(spec)[0].rpartition(":")[2] == name]
+    wanted = places[int(number) - 1 : int(number)] if number.isdecimal() and int(number) else [] if number else places
+    if not wanted:
+        found = "there is none" if not places else f"of {name!r} there are {len(places)}"
+        raise ValueError(f"Sweep of {key!r} needs exactly one guidance {which!r}, but {found}. Add --guidance {name}:...")
+    if len(wanted) > 1:
+        raise ValueError(
+            f"Sweep of {key!r}: there are {len(places)} guidances {name!r}. Say which: {name}#2.{parameter} is the second."
+        )
+    known, rest = head(specs[wanted[0]])
+    others = [item for item in items(rest) if item and item.partition("=")[0].strip() != parameter]
+    changed = f"{known}:{','.join([*others, f'{parameter}={value}'])}"
+    return tuple(changed if i == wanted[0] else spec for i, spec in enumerate(specs))
 
 
 @dataclasses.dataclass(frozen=True)

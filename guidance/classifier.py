@@ -100,6 +100,12 @@ class ClassifierEnergy:
             logits = self.logits(images)
         return temperature_energy(logits, self._targets(len(images), logits.device), self.tau1, self.tau2)
 
+    def correct(self, images: Tensor) -> Tensor:
+        """Whether each image (B, 3, H, W) is read as its target, bool (B,)."""
+        with torch.no_grad(), self._prepared():
+            read = self.logits(images).argmax(1)
+        return read == self._targets(len(images), read.device)
+
     def gradient(self, images: Tensor) -> Tensor:
         """Gradient (B, 3, H, W) of the energy with respect to the images."""
         return differentiate(self, images)[1]

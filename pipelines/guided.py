@@ -17,7 +17,7 @@ from torch import Tensor
 from genkit import _host, noise, zoo
 from genkit.checkpoints import check_folder
 from genkit.denoisers import Cond, Denoiser
-from genkit.guidance import Guidance, State
+from genkit.guidance import Guidance, State, as_guidance
 from genkit.prediction import Prediction
 from genkit.sampling import sample
 
@@ -55,6 +55,7 @@ class GuidedPipeline:
     def __init__(self, host: DiffusionPipeline) -> None:
         self.host = host
         self.denoiser = Denoiser.of(host)
+        self.tokens: list[str] = []
         self._interrupt = False
 
     @classmethod
@@ -108,6 +109,21 @@ class GuidedPipeline:
         self.host.to(*arguments, **keywords)
         return self
 
+    def load_tokens(self, *paths: str | Path) -> list[str]:
+        """Load token files (textual inversion, safetensors) into the host; prompts may then say the tokens, which are returned.
+
+        `tokens` lists the identities of what was loaded, for recipes.
+
+        Raises:
+            FileNotFoundError, ValueError: a file that is missing, damaged, a pickle, or made for other text encoders; a token that
+                the tokenizer knows. Nothing is loaded then.
+        """
+        from genkit.guidance.token_embedding import load_tokens
+
+        files = load_tokens(self.denoiser, paths)
+        self.tokens += [file.identity for file in files]
+        return [file.token for file in files]
+
     def interrupt(self) -> None:
         """Stop after the current step (from a callback or another thread); the call returns what there is."""
         self._interrupt = True
@@ -132,7 +148,7 @@ class GuidedPipeline:
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         eta: float = 0.0,
-        guidance: Guidance | None = None,
+        guidance: Guidance | Callable[..., Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
@@ -153,7 +169,8 @@ class GuidedPipeline:
             generator: instead of seeds, as diffusers has it: one, or a list with one for each image.
             latents: initial noise (B, C, h, w), instead of drawing it.
             eta: noise of DDIM-like schedulers, 0 to 1.
-            guidance: steers the run, see `genkit.guidance`.
+            guidance: steers the run, see `genkit.guidance`; or a function of images (B, 3, H, W) in [-1, 1] that returns a value
+                (B,) for each, larger is better.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)`; may return changed "latents".
             callback_on_step_end_tensor_inputs: any of "latents", "x0", "eps", "energy".
@@ -173,6 +190,7 @@ class GuidedPipeline:
             raise ValueError(f"Unknown callback tensors {sorted(unknown)}. Known: {', '.join(CALLBACK_TENSORS)}.")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1.")
+        guidance = None if guidance is None else as_guidance(guidance)
         self._check_guidance(guidance)
         self._interrupt = False
 
@@ -267,12 +285,16 @@ class GuidedPipeline:
         return VaeImageProcessor(vae_scale_factor=1).postprocess(self.denoiser.decode(x).float(), output_type=output_type)
 
     def _check_guidance(self, guidance: Guidance | None) -> None:
-        """Offload hooks swap weights between forward and backward, which breaks gradients silently."""
-        if guidance is not None and _host.is_offloaded(self.host):
+        if guidance is None:
+            return
+        # Offload hooks swap weights between forward and backward, which breaks gradients silently.
+        if _host.is_offloaded(self.host):
             raise ValueError(
                 "Guidance needs gradients, which CPU offload breaks. Load the pipeline without enable_model_cpu_offload "
                 "or enable_sequential_cpu_offload."
             )
+        for part in guidance.leaves():
+            part.check(self.host)
 
 
 def _free_guidance_scale(scale: float | None, cond: Cond | None) -> float:

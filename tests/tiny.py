@@ -21,10 +21,10 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 
 def pipeline(family: str, seed: int = 0, **config: Any) -> Any:
-    """A tiny pipeline of a family, in eval mode and float32; `config` overrides the denoising network's configuration."""
+    """A tiny pipeline of `FAMILIES` or `STOCK`, in eval mode and float32; `config` overrides the network's configuration."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = FAMILIES[family](config)
+        pipe = (FAMILIES | STOCK)[family](config)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
@@ -348,4 +348,91 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "pixart_alpha": _pixart_alpha,
     "pixart_sigma": _pixart_sigma,
     "sana": _sana,
+}
+
+
+# Pipelines without an adapter, for `attach`
+
+
+def _of_stable_diffusion(pipeline_class: Any, config: dict[str, Any], **components: Any) -> Any:
+    """Another pipeline on Stable Diffusion's components."""
+    pipe = _stable_diffusion(config)
+    return pipeline_class(**(pipe.components | {"image_encoder": None} | components), requires_safety_checker=False)
+
+
+def _controlnet(config: dict[str, Any]) -> Any:
+    network = diffusers.ControlNetModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        conditioning_embedding_out_channels=(8, 8),
+    )
+    for layer in (*network.controlnet_down_blocks, network.controlnet_mid_block):
+        torch.nn.init.normal_(layer.weight)  # zero by default, so that an untrained one does nothing
+    return _of_stable_diffusion(diffusers.StableDiffusionControlNetPipeline, config, controlnet=network)
+
+
+def _inpaint(config: dict[str, Any]) -> Any:
+    return _of_stable_diffusion(diffusers.StableDiffusionInpaintPipeline, config)
+
+
+def _inpaint_concat(config: dict[str, Any]) -> Any:
+    """With mask and masked picture as further input channels."""
+    return _inpaint({"in_channels": 9} | config)
+
+
+def _img2img(config: dict[str, Any]) -> Any:
+    return _of_stable_diffusion(diffusers.StableDiffusionImg2ImgPipeline, config)
+
+
+def _cogvideox(config: dict[str, Any]) -> Any:
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        **{
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "time_embed_dim": 2,
+            "text_embed_dim": 16,
+            "num_layers": 1,
+            "sample_width": 4,
+            "sample_height": 4,
+            "sample_frames": 9,
+            "max_text_seq_length": LENGTH,
+        }
+        | config
+    )
+    vae = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(4,) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0)
+    return diffusers.CogVideoXPipeline(t5_tokenizer(), t5(), vae, transformer, scheduler)
+
+
+def _animatediff(config: dict[str, Any]) -> Any:
+    pipe = _stable_diffusion(config)
+    adapter = diffusers.MotionAdapter(
+        block_out_channels=(8, 16), motion_layers_per_block=1, motion_norm_num_groups=4, motion_num_attention_heads=2
+    )
+    return diffusers.AnimateDiffPipeline(
+        pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, adapter, diffusers.DDIMScheduler(**SCHEDULE, clip_sample=False)
+    )
+
+
+STOCK: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "controlnet": _controlnet,
+    "inpaint": _inpaint,
+    "inpaint_concat": _inpaint_concat,
+    "img2img": _img2img,
+    "cogvideox": _cogvideox,
+    "animatediff": _animatediff,
 }

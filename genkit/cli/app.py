@@ -8,6 +8,7 @@ import typer
 
 from genkit.cli.doctor import doctor
 from genkit.cli.sample import sample
+from genkit.cli.train import train
 from genkit.cli.zoo import zoo
 
 app = typer.Typer(
@@ -41,6 +42,7 @@ def genkit(
 
 
 app.command()(sample)
+app.add_typer(train, name="train")
 app.add_typer(zoo, name="zoo")
 app.command()(doctor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Job:
         self.errors: dict[Recipe, str] = {}
         self.began = time.perf_counter()
 
-    def run(self, *, device: str, batch_size: int, allow_pickle: bool, grid: bool) -> None:
+    def run(self, *, device: str, batch_size: int, allow_pickle: bool, grid: bool, tokens: Sequence[Path]) -> None:
         """Make what is missing, wait for the other processes, report.
 
         Raises:
@@ -38,7 +39,7 @@ class Job:
         try:
             own = self.ranks.join(cpu=device == "cpu")
             if mine:
-                self._make(mine, own or device, batch_size, allow_pickle)
+                self._make(mine, own or device, batch_size, allow_pickle, tokens)
             self.ranks.wait()
             sheet = self.gallery.save_sheet(self.table) if grid and self.ranks.leads and len(self.table.recipes) > 1 else None
         except KeyboardInterrupt:
@@ -50,7 +51,7 @@ class Job:
             self.ranks.leave()
         self._report(sheet)
 
-    def _make(self, recipes: list[Recipe], device: str, batch_size: int, allow_pickle: bool) -> None:
+    def _make(self, recipes: list[Recipe], device: str, batch_size: int, allow_pickle: bool, tokens: Sequence[Path]) -> None:
         from genkit.console import progress
         from genkit.runner import load, run
 
@@ -58,7 +59,14 @@ class Job:
         with progress(disable=not self.ranks.leads) as bar:
             task = bar.add_task(f"loading {Path(first.model).name}", total=len(recipes))
             device = resolve_device(device)
-            pipe = load(first.model, dtype=first.dtype, device=device, allow_pickle=allow_pickle, quiet=self.output.quiet)
+            pipe = load(
+                first.model,
+                dtype=first.dtype,
+                device=device,
+                tokens=tokens,
+                allow_pickle=allow_pickle,
+                quiet=self.output.quiet,
+            )
             bar.update(task, description="sampling")
             for count, outcome in enumerate(
                 run(pipe, recipes, batch_size=batch_size, progress=lambda images: bar.advance(task, images)), 1

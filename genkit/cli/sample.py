@@ -41,7 +41,13 @@ def sample(
     eta: Annotated[float | None, _option(_HOW, "Noise of DDIM-like samplers, 0 to 1.", show_default="0")] = None,
     size: Annotated[str | None, _option(_HOW, "WIDTHxHEIGHT in pixels.", show_default="the model's own")] = None,
     guidance: Annotated[
-        list[str] | None, _option(_HOW, "NAME:key=value,... as in classifier:label=seven,scale=2. Repeat it to add several.")
+        list[str] | None,
+        _option(
+            _HOW, "NAME:key=value,... as in classifier:label=seven,scale=2, or MODULE:FUNCTION:scale=2. Repeat it to add several."
+        ),
+    ] = None,
+    token: Annotated[
+        list[Path] | None, _option(_HOW, "Token file of `genkit train token`; prompts may say its <name>. Repeat it for several.")
     ] = None,
     sweep: Annotated[
         list[str] | None,
@@ -85,7 +91,7 @@ def sample(
             output.mute()
         check_device(device)
         settings = dict(model=model, negative=negative, steps=steps, cfg=cfg, sampler=sampler, eta=eta, dtype=dtype)  # noqa: C408
-        base = _base(source, settings, size=size, guidance=guidance)
+        base = _base(source, settings, size=size, guidance=guidance, tokens=token)
         folder = _check_model(base.model, allow_pickle)
         subjects = _subjects(base, _read_prompts(prompts, prompts_file), labels, from_recipe=source is not None, folder=folder)
         table = plan(subjects, [base.seed] if seeds is None else parse_seeds(seeds), [Axis.parse(text) for text in sweep or []])
@@ -95,25 +101,37 @@ def sample(
             return
         gallery = Gallery(out)
         done = {recipe for recipe in table.recipes if resume and gallery.has(recipe)}
-        Job(table, gallery, done, ranks, output).run(device=device, batch_size=batch, allow_pickle=allow_pickle, grid=grid)
+        Job(table, gallery, done, ranks, output).run(
+            device=device, batch_size=batch, allow_pickle=allow_pickle, grid=grid, tokens=token or []
+        )
 
 
-def _base(source: Path | None, settings: dict[str, Any], *, size: str | None, guidance: list[str] | None) -> Recipe:
+def _base(
+    source: Path | None, settings: dict[str, Any], *, size: str | None, guidance: list[str] | None, tokens: list[Path] | None
+) -> Recipe:
     """The recipe that all images start from: that of --from or the default one, with the options that were given."""
     import dataclasses
 
     from genkit.recipe import Recipe, read_recipe
     from genkit.sweep import parse_size
+    from genkit.tokens import read_tokens
 
     given: dict[str, Any] = {key: value for key, value in settings.items() if value is not None}
     if size is not None:
         given["width"], given["height"] = parse_size(size)
     if guidance:
         given["guidance"] = tuple(guidance)
+    files = read_tokens(tokens or [])
+    given["tokens"] = tuple(file.identity for file in files)
     if source is None:
         return Recipe(**given)
-    base = dataclasses.replace(read_recipe(source), **given)
-    base.require_trusted(models=[settings["model"]] if settings["model"] else [], guidance=guidance or [])
+    recipe = read_recipe(source)
+    # A file that was named replaces the recipe's of the same token; one that was not is refused.
+    named = {file.token for file in files}
+    given["tokens"] = (*(t for t in recipe.tokens if t.rpartition(":")[0] not in named), *given["tokens"])
+    base = dataclasses.replace(recipe, **given)
+    models = [settings["model"]] if settings["model"] else []
+    base.require_trusted(models=models, guidance=guidance or [], tokens=[file.identity for file in files])
     return base
 
 
@@ -184,7 +202,7 @@ def _check_guidance(table: Plan) -> None:
     from genkit.guidance import registry
 
     for spec in dict.fromkeys(spec for recipe in table.recipes for spec in recipe.guidance):
-        registry.split(spec)
+        registry.check(spec)
 
 
 def _print_plan(output: Output, table: Plan, out: Path) -> None:

@@ -110,12 +110,13 @@ def with_articles(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DigitBatch:
-    """Pictures `images` (B, 3, 32, 32) in [-1, 1] and their attributes, each (B,) int64."""
+    """Pictures `images` (B, 3, 32, 32) in [-1, 1] and their attributes, each (B,) int64; `stroke` numbers the handwritten digit."""
 
     images: Tensor
     digit: Tensor
     ink: Tensor
     paper: Tensor
+    stroke: Tensor
 
     def captions(self) -> list[str]:
         """The canonical full caption of each picture."""
@@ -178,7 +179,7 @@ def draw(split: str, count: int, *, seed: int = 0, augment: str = "none") -> Dig
         for c in (ink, paper)
     )
     images = paper_rgb + a[:, None] * (ink_rgb - paper_rgb)
-    return DigitBatch(images=images, digit=labels[index], ink=ink, paper=paper)
+    return DigitBatch(images=images, digit=labels[index], ink=ink, paper=paper, stroke=index)
 
 
 _AUGMENTATIONS = {

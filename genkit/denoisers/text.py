@@ -37,12 +37,20 @@ class TextDenoiser(Denoiser):
     def _encode(self, prompts: list[str], negative: bool, options: dict[str, Any]) -> dict[str, Tensor]:
         """The tensors `inputs` (B, ...) of B prompts; `negative` says that they are of the null condition."""
 
-    def condition(self, prompts: Prompts | None = None, negative_prompts: Prompts | None = None, **embeds_and_options: Any) -> Cond:
+    def condition(
+        self,
+        prompts: Prompts | None = None,
+        negative_prompts: Prompts | None = None,
+        *,
+        grad: bool = False,
+        **embeds_and_options: Any,
+    ) -> Cond:
         """Conditioning from B prompts, or from embeddings.
 
         Args:
             prompts: one, or B.
             negative_prompts: of the null condition: one for all, or B; by default what the pipeline takes, mostly the empty one.
+            grad: encode the prompts anew, with a graph to the text encoder; the null condition stays without one.
             embeds_and_options: instead of prompts the tensors `self.inputs` (B, ...), and with `negative_` in front those of the
                 null condition; and `self.options`, as `encode_prompt` has them.
 
@@ -58,7 +66,7 @@ class TextDenoiser(Denoiser):
             raise ValueError(f"Give either prompts or {', '.join(self.inputs)}.")
         if negative_prompts is not None and negative_embeds is not None:
             raise ValueError("Both negative_prompts and negative embeddings were given. Give one of them.")
-        tensors = self._encode_all(_strings("prompts", prompts), False, options) if embeds is None else embeds
+        tensors = self._encode_all(_strings("prompts", prompts), False, options, grad=grad) if embeds is None else embeds
         if negative_embeds is None:
             count = len(next(iter(tensors.values())))
             negative_embeds = self._null(tensors, _negatives(negative_prompts, count), options)
@@ -84,17 +92,18 @@ class TextDenoiser(Denoiser):
             prompts = [""] * len(next(iter(tensors.values())))
         return self._encode_all(prompts, True, options)
 
-    def _encode_all(self, prompts: list[str], negative: bool, options: dict[str, Any]) -> dict[str, Tensor]:
-        """Tensors (B, ...) of B prompts; each distinct one is encoded once in the life of the denoiser."""
+    def _encode_all(self, prompts: list[str], negative: bool, options: dict[str, Any], *, grad: bool = False) -> dict[str, Tensor]:
+        """Tensors (B, ...) of B prompts; each distinct one is encoded once in the denoiser's life or, with `grad`, in this call."""
+        encoded = {} if grad else self._encoded
         keys = [(prompt, negative, repr(sorted(options.items()))) for prompt in prompts]
-        missing = [key for key in dict.fromkeys(keys) if key not in self._encoded]
+        missing = [key for key in dict.fromkeys(keys) if key not in encoded]
         for start in range(0, len(missing), _CHUNK):
             chunk = missing[start : start + _CHUNK]
-            with torch.no_grad():
+            with torch.set_grad_enabled(grad):
                 tensors = self._encode([key[0] for key in chunk], negative, options)
             for i, key in enumerate(chunk):
-                self._encoded[key] = {name: v[i] for name, v in tensors.items()}
-        return {name: torch.stack([self._encoded[key][name] for key in keys]).to(self.device) for name in self.inputs}
+                encoded[key] = {name: v[i] for name, v in tensors.items()}
+        return {name: torch.stack([encoded[key][name] for key in keys]).to(self.device) for name in self.inputs}
 
 
 def _strings(name: str, prompts: Prompts | None) -> list[str]:

@@ -1,11 +1,12 @@
 """Measured quality of the embedded models. The cards record these figures, and tests check them again on fewer samples.
 
-Every picture is judged by `digits-judge`, which never guides. Distances are Frechet distances in the judge's features to the
-1,000 held-out real digits; the reference is the distance of 1,000 real training digits to the same pictures.
+Every picture is judged by `digits-judge`, which never guides. Distances are Frechet distances in the judge's features to
+held-out real digits; the reference is the distance of 1,000 real training digits to the same pictures.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from genkit.console import progress
 from genkit.data import digits
 from genkit.guidance import Guidance
 from genkit.metrics.frechet import frechet_distance
+from genkit.metrics.manifold import manifold_metrics
 
 SEEDS = 10_000  # picture i of a measurement has seed SEEDS + i
 
@@ -60,6 +62,27 @@ def reference_distances(judge: AttributeClassifier, images: Tensor, count: int =
     real = frechet_distance(judged(judge, digits.draw("train", count, seed=1).images)[1], test)
     ours = frechet_distance(judged(judge, images)[1], test)
     return {"frechet": ours, "frechet_of_real_training_digits": real, "ratio": ours / real}
+
+
+def held_out(count: int = 2000) -> digits.DigitBatch:
+    """Held-out real digits: each of the 1,000 once in each thousand, in other colours."""
+    parts = [digits.draw("test", min(1000, count - start), seed=start // 1000) for start in range(0, count, 1000)]
+    fields = [field.name for field in dataclasses.fields(digits.DigitBatch)]
+    return digits.DigitBatch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in fields})
+
+
+def against_held_out(pipe: Any, count: int = 2000, **arguments: Any) -> dict[str, float]:
+    """Pictures with the captions of held-out real digits, against those digits.
+
+    Returns:
+        How often the judge reads digit, ink and paper as prompted, the Frechet distance, precision, recall, density and coverage
+        in the judge's features.
+    """
+    judge, truth = load_judge(), held_out(count)
+    read, features = judged(judge, generate(pipe, truth.captions(), **arguments))
+    _, real = judged(judge, truth.images)
+    accuracy = {name: (read[name] == getattr(truth, name)).float().mean().item() for name in digits.LABELS}
+    return accuracy | {"frechet": frechet_distance(features, real)} | manifold_metrics(features, real)
 
 
 def text_to_image(pipe: Any, count: int = 1000, **arguments: Any) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,57 @@ class TestGuidance:
     def test_nothing_but_bad_images_is_an_error(self, tiny_folder: Path, tmp_path: Path) -> None:
         line = (PROMPT, "--model", tiny_folder, "--steps", 2, "--guidance", "push:poison=0", "--out", tmp_path, "--grid")
         assert "0 of 1 images" in sample(*line, code=2).stdout
+
+
+class TestFunctions:
+    """A function of the user's as guidance, in this process' current folder."""
+
+    @pytest.fixture(autouse=True)
+    def module(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.delitem(sys.modules, "guides_of_the_user", raising=False)
+        lines = ["def redness(images):", "    return 100 * images[:, 0].flatten(1).mean(1)"]
+        lines += ["def broken(images):", "    raise RuntimeError('nothing here')"]
+        (tmp_path / "guides_of_the_user.py").write_text("\n".join(lines))
+
+    def test_it_steers_and_can_be_swept(self, tiny_folder: Path) -> None:
+        line = (PROMPT, "--model", tiny_folder, "--steps", 2, "--guidance", "guides_of_the_user:redness:recurrence=2", "--json")
+        document = json.loads(sample(*line, "--sweep", "redness.scale=0,1,2").stdout)
+        red = [pixels(entry["file"])[..., 0].mean() for entry in document["images"]]
+        assert red[0] < red[1] < red[2]
+        plain = json.loads(sample(*line[:5], "--json", "--out", "plain").stdout)["images"][0]["file"]
+        assert np.array_equal(pixels(plain), pixels(document["images"][0]["file"]))
+
+    def test_a_recipe_with_a_function_must_be_told_again(self, tiny_folder: Path) -> None:
+        spec = "guides_of_the_user.py:redness"
+        line = ("--model", tiny_folder, "--steps", 1, "--json")
+        source = json.loads(sample(PROMPT, *line, "--guidance", spec).stdout)["images"][0]["file"]
+        Path("guides_of_the_user.py").write_text("open('it-ran', 'w')")
+        result = sample("--from", source, "--model", tiny_folder, code=2)
+        assert "does not know by that name" in result.stderr
+        assert not Path("it-ran").exists()
+
+    def test_errors_name_the_function_and_only_debug_shows_more(self, tiny_folder: Path) -> None:
+        line = (PROMPT, "--model", tiny_folder, "--steps", 1, "--guidance", "guides_of_the_user:broken")
+        result = sample(*line, code=2)
+        assert "Guidance 'broken' failed at evaluation 1 of" in result.stderr
+        assert "RuntimeError: nothing here" in result.stderr
+        assert "Traceback" not in result.output
+        failed = CliRunner().invoke(app, ["sample", *map(str, line), "--debug"], prog_name="genkit")
+        assert isinstance(failed.exception.__cause__, RuntimeError)
+
+    @pytest.mark.parametrize(
+        ("spec", "says"),
+        [
+            ("guides_of_the_user:blue", "Known: redness, broken"),
+            ("no_such_module:f", "no module 'no_such_module'"),
+            ("x.py:f", "no file"),
+        ],
+    )
+    def test_what_is_missing_is_said_before_anything_is_loaded(self, tiny_folder: Path, spec: str, says: str) -> None:
+        line = (PROMPT, "--model", tiny_folder, "--guidance", spec, "--dry-run")
+        assert says in sample(*line, code=2).stderr
 
 
 def test_dry_run_writes_nothing(tiny_folder: Path, tmp_path: Path) -> None:

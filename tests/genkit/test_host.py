@@ -157,3 +157,51 @@ def test_group_offload_is_seen(arguments):
     pipe = unconditional()
     pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), **arguments)
     assert _host.is_offloaded(pipe), f"`_diffusers_hook` or its name 'group_offloading' in {VERSION}"
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "first"),
+    [
+        ("DDIMScheduler", {}, [0, 1, 2, 3, 4, 5]),
+        ("HeunDiscreteScheduler", {}, [0, 2, 4, 6, 8, 10]),
+        ("DPMSolverSinglestepScheduler", {}, [0, 2, 4, 5]),
+        ("PNDMScheduler", {"skip_prk_steps": True}, [0, 2, 3, 4, 5, 6]),
+        ("PNDMScheduler", {"skip_prk_steps": False}, [0, 4, 8, 12, 13, 14]),
+    ],
+)
+def test_which_entries_start_a_step(name, config, first):
+    scheduler = ready(name, 6, **config)
+    starts = [i for i in range(len(scheduler.timesteps)) if _host.starts_step(scheduler, i)]
+    assert starts == first, f"order_list, prk_timesteps or state_in_first_order of {name} in {VERSION}"
+
+
+def test_where_the_last_step_ends():
+    assert _host.final_alpha_sigma(ready("EulerDiscreteScheduler")) == (1.0, 0.0)
+    assert _host.final_alpha_sigma(ready("FlowMatchEulerDiscreteScheduler")) == (1.0, 0.0)
+    assert _host.final_alpha_sigma(ready("DDPMScheduler")) == (1.0, 0.0)
+    scheduler = ready("DDIMScheduler", set_alpha_to_one=False)
+    assert _host.final_alpha_sigma(scheduler)[0] == pytest.approx(scheduler.alphas_cumprod[0].sqrt().item())
+    scheduler = ready("DPMSolverMultistepScheduler", final_sigmas_type="sigma_min")
+    assert _host.final_alpha_sigma(scheduler)[1] == pytest.approx((1 - scheduler.alphas_cumprod[0]).sqrt().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "SASolverScheduler"]
+)
+def test_a_multistep_scheduler_forgets(name):
+    """After it, a step is that of a fresh scheduler which starts there."""
+    config = {"final_sigmas_type": "zero"} if name == "DPMSolverMultistepScheduler" else {}
+    used, fresh = ready(name, **config), ready(name, **config)
+    _host.begin(used)
+    g = torch.Generator().manual_seed(0)
+    x, outputs = torch.randn(2, 4, generator=g), torch.randn(4, 2, 4, generator=g)
+    noise = {"generator": torch.Generator().manual_seed(1)} if name == "SASolverScheduler" else {}
+    for i in range(3):
+        used.step(outputs[i], used.timesteps[i], x, **noise)
+    _host.forget_history(used)
+    fresh.set_begin_index(3)
+    results = []
+    for scheduler in (used, fresh):
+        noise = {"generator": torch.Generator().manual_seed(1)} if name == "SASolverScheduler" else {}
+        results.append(scheduler.step(outputs[3], scheduler.timesteps[3], x, **noise).prev_sample)
+    torch.testing.assert_close(*results, msg=f"lower_order_nums or last_sample of {name} in {VERSION}")

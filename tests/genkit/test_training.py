@@ -11,7 +11,7 @@ from torch import nn
 from genkit.classifiers import AttributeClassifier
 from genkit.data import digits as data
 from genkit.zoo.training import autoencoder, classifier, digits
-from genkit.zoo.training.loop import TrainConfig, fit
+from genkit.training import TrainConfig, fit
 from genkit.zoo.training.tokenizer import build_tokenizer
 
 

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from genkit.data import digits
-from genkit.zoo.training.loop import TrainConfig, fit
+from genkit.training import TrainConfig, fit
 
 CONFIG = TrainConfig(steps=5000, batch_size=32, lr=2e-3, seed=21, ema_decay=0.998)
 KL_WEIGHT = 1e-6

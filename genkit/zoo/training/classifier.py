@@ -12,7 +12,7 @@ from torch import Tensor
 
 from genkit.classifiers import AttributeClassifier
 from genkit.data import digits
-from genkit.zoo.training.loop import TrainConfig, fit
+from genkit.training import TrainConfig, fit
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "digits-classifier": {"block_out_channels": (16, 32, 64, 128), "activation": "relu"},

@@ -1,0 +1,124 @@
+"""Real images for training: an embedded data set or a folder, with captions or class names where there are any."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+COLORINGS = 4  # how often each handwritten digit appears, in other colours
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSource:
+    """Real images by row.
+
+    Args:
+        name: for records and messages.
+        load: `(rows, (height, width)) -> images (B, 3, H, W)` in [-1, 1].
+        groups: for each row the picture it shows; rows of one picture are never split between training and validation.
+        captions: a text for each row, or None.
+        labels: a class name or index for each row, or None.
+    """
+
+    name: str
+    load: Callable[[Sequence[int], tuple[int, int]], Tensor]
+    groups: list[int]
+    captions: list[str] | None = None
+    labels: list[str | int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def images(self, rows: Sequence[int], size: tuple[int, int]) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of some rows, `size` = (height, width)."""
+        return self.load(rows, size)
+
+
+def open_source(name: str | Path, count: int | None = None) -> ImageSource:
+    """The source of a name: "digits", or a folder of images.
+
+    A folder's captions come from `metadata.jsonl` ({"file_name": ..., "text": ...} on each line, as Hugging Face has it) or from
+    NAME.txt beside each image; its labels from the names of its subfolders.
+
+    Args:
+        count: rows wanted; a folder with fewer images is repeated.
+
+    Raises:
+        ValueError: no such source, a folder without images, or captions for some images only.
+    """
+    if str(name) == "digits":
+        return _digits(count or 4000 * COLORINGS)
+    folder = Path(name)
+    if not folder.is_dir():
+        raise ValueError(f"There is no data {str(name)!r}. Give 'digits' or a folder of images.")
+    return _folder(folder, count)
+
+
+def _digits(count: int) -> ImageSource:
+    from genkit.data import digits
+
+    batch = digits.draw("train", count, seed=77)
+
+    def load(rows: Sequence[int], size: tuple[int, int]) -> Tensor:
+        images = batch.images[list(rows)]
+        if size != images.shape[-2:]:
+            images = torch.nn.functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
+        return images
+
+    return ImageSource("digits", load, batch.stroke.tolist(), batch.captions())
+
+
+def _folder(folder: Path, count: int | None) -> ImageSource:
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"{str(folder)!r} holds no images ({', '.join(SUFFIXES)}).")
+    captions = _captions(folder, files)
+    subfolders = all(file.parent != folder for file in files)
+    labels: list[str | int] | None = [file.parent.name for file in files] if subfolders else None
+    groups = [i % len(files) for i in range(count or len(files))]
+
+    def load(rows: Sequence[int], size: tuple[int, int]) -> Tensor:
+        return torch.stack([_read(files[groups[row]], size) for row in rows])
+
+    return ImageSource(
+        folder.name, load, groups,
+        None if captions is None else [captions[i] for i in groups], None if labels is None else [labels[i] for i in groups],
+    )  # fmt: skip
+
+
+def _captions(folder: Path, files: list[Path]) -> list[str] | None:
+    """A caption for each file, or None if there are none."""
+    table: dict[Path, str] = {}
+    metadata = folder / "metadata.jsonl"
+    if metadata.is_file():
+        for i, line in enumerate(metadata.read_text(encoding="utf-8").splitlines()):
+            try:
+                entry = json.loads(line)
+                table[folder / entry["file_name"]] = str(entry["text"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f'{metadata}, line {i + 1} is not {{"file_name": ..., "text": ...}}.') from error
+    for file in files:
+        if file not in table and file.with_suffix(".txt").is_file():
+            table[file] = file.with_suffix(".txt").read_text(encoding="utf-8").strip()
+    missing = [file for file in files if file not in table]
+    if table and missing:
+        raise ValueError(f"{len(missing)} of {len(files)} images have no caption, for instance {missing[0].name!r}. Caption all, or none.")
+    return [table[file] for file in files] if table else None
+
+
+def _read(file: Path, size: tuple[int, int]) -> Tensor:
+    """An image (3, H, W) in [-1, 1], cropped to the aspect and resized."""
+    try:
+        with Image.open(file) as image:
+            fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size[1], size[0]), Image.Resampling.BICUBIC)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"The image {str(file)!r} cannot be read ({error}).") from error
+    return torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1).float() / 127.5 - 1

@@ -1,0 +1,204 @@
+"""The one training loop of the small networks: AdamW, warm-up and cosine decay, EMA, validation, checkpoints, resume, processes.
+
+Step k of process r sees random numbers that depend on (seed, k, r) alone, so an interrupted run that is resumed ends where an
+uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from genkit.console import progress
+from genkit.ranks import Ranks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train.
+
+    Args:
+        steps, batch_size: length of the run; the batch is that of each process.
+        lr: peak learning rate of AdamW (betas 0.9, 0.99), after `warmup` steps; cosine decay to zero.
+        ema_decay: decay of the exponential moving average of the weights, which is what is saved; 0 keeps the last weights.
+        validate_every: steps between two validations, where the run has one.
+        patience: stop after this many validations without a new best; 0 never stops early.
+        checkpoint_seconds: time between two checkpoints.
+        bf16: autocast to bfloat16.
+
+    Raises:
+        ValueError: a length, batch, patience or interval that is no positive number, or a decay outside 0 to 1.
+    """
+
+    steps: int
+    batch_size: int = 128
+    lr: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    ema_decay: float = 0.999
+    grad_clip: float = 1.0
+    seed: int = 0
+    validate_every: int = 100
+    patience: int = 0
+    checkpoint_seconds: float = 120.0
+    bf16: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(f"steps and batch_size must be positive, got {self.steps} and {self.batch_size}.")
+        if self.validate_every < 1 or self.patience < 0:
+            raise ValueError(f"validate_every={self.validate_every} must be positive, and patience={self.patience} not negative.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} is not in 0 to 1.")
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[Any, torch.Generator, int], Tensor],
+    config: TrainConfig,
+    folder: Path,
+    *,
+    name: str,
+    resume: bool = False,
+    device: str = "cpu",
+    validate: Callable[[Any], dict[str, float]] | None = None,
+    ranks: Ranks | None = None,
+) -> Any:
+    """Train `model` and return its EMA, a model of the same class: the best by validation where there is one, else the last.
+
+    Args:
+        loss: `(model, generator, step) -> scalar`; all randomness of the step comes from the generator.
+        folder: where `checkpoint.pt` and `log.jsonl` go.
+        resume: continue from `checkpoint.pt` if it is there.
+        validate: `(EMA in eval mode) -> figures`; the one called "loss" decides which weights are the best.
+        ranks: the processes that train together, after `Ranks.join`: gradients are averaged over them.
+
+    Raises:
+        FloatingPointError: the loss became NaN or infinite; names the step.
+    """
+    run = _Run(model, config, folder, name, device, ranks or Ranks())
+    if resume:
+        run.restore()
+    return run.train(loss, validate)
+
+
+class _Run:
+    """The state of one training run."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, folder: Path, name: str, device: str, ranks: Ranks) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config, self.folder, self.name, self.device, self.ranks = config, folder, name, device, ranks
+        self.model = model.to(device).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda k: _warmup_cosine(k, config))
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+        self.step = 0
+        self.average: float | None = None
+        self.best: dict[str, Any] = {"loss": math.inf, "step": 0, "weights": None}
+
+    def restore(self) -> None:
+        """Continue from the checkpoint, if there is one."""
+        file = self.folder / "checkpoint.pt"
+        if not file.exists():
+            return
+        state = torch.load(file, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step, self.best = state["step"], state["best"]
+
+    def save(self) -> None:
+        """Write the checkpoint; it is there whole or not at all. The processes are alike, so the first one does it."""
+        if not self.ranks.leads:
+            return
+        state = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"schedule": self.schedule.state_dict(), "step": self.step, "best": self.best}
+        file = self.folder / "checkpoint.pt"
+        torch.save(state, file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)
+
+    def train(self, loss: Callable[..., Tensor], validate: Callable[[Any], dict[str, float]] | None) -> Any:
+        config, saved = self.config, time.monotonic()
+        self.began = saved
+        try:
+            with progress(disable=not self.ranks.leads) as bar, open(self.folder / f"log{self.ranks.index or ''}.jsonl", "a") as log:
+                task = bar.add_task(self.name, total=config.steps, completed=self.step)
+                while self.step < config.steps and not (validate and self._exhausted()):
+                    self._advance(loss)
+                    bar.update(task, completed=self.step, description=f"{self.name}  loss {self.average:.4f}")
+                    entry: dict[str, Any] = {}
+                    if validate and (self.step % config.validate_every == 0 or self.step == config.steps):
+                        entry["validation"] = self._validate(validate)
+                    if entry or self.step % 50 == 0:
+                        entry = {"step": self.step, "loss": round(self.average or 0.0, 5), **entry}
+                        print(json.dumps(entry | {"seconds": round(time.monotonic() - self.began, 1)}), file=log, flush=True)
+                    if time.monotonic() - saved > config.checkpoint_seconds:
+                        self.save()
+                        saved = time.monotonic()
+        finally:
+            self.save()
+        if self.best["weights"] is not None:
+            self.ema.module.load_state_dict(self.best["weights"])
+        return self.ema.module.eval()
+
+    def _advance(self, loss: Callable[..., Tensor]) -> None:
+        """One update of the weights."""
+        config = self.config
+        seed = config.seed * 1_000_003 + self.step + 1_000_000_007 * self.ranks.index
+        generator = torch.Generator().manual_seed(seed)
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=config.bf16):
+            value = loss(self.model, generator, self.step)
+        if not torch.isfinite(value):
+            raise FloatingPointError(f"The loss of {self.name} became {value.item()} at step {self.step}. Lower the learning rate.")
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        self._average_gradients()
+        nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.ema.update_parameters(self.model)
+        self.step += 1
+        self.average = value.item() if self.average is None else 0.98 * self.average + 0.02 * value.item()
+
+    def _average_gradients(self) -> None:
+        """Over the processes; not by DDP, since losses call more of a model than its `forward`."""
+        if self.ranks.world > 1:
+            from accelerate.utils import reduce
+
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = reduce(parameter.grad, "mean")
+
+    def _validate(self, validate: Callable[[Any], dict[str, float]]) -> dict[str, float]:
+        model = self.ema.module.eval()
+        with torch.no_grad():
+            figures = validate(model)
+        if figures["loss"] < self.best["loss"]:
+            self.best = {"loss": figures["loss"], "step": self.step, "weights": copy.deepcopy(model.state_dict())}
+        return {key: round(value, 5) for key, value in figures.items()}
+
+    def _exhausted(self) -> bool:
+        """Whether the last `patience` validations brought nothing new."""
+        waited = self.step - self.best["step"]
+        return self.config.patience > 0 and self.best["step"] > 0 and waited >= self.config.patience * self.config.validate_every
+
+
+def _warmup_cosine(step: int, config: TrainConfig) -> float:
+    """Factor on the learning rate at a step."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    fraction = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))

@@ -1,0 +1,323 @@
+"""Discriminator guidance (Kim et al., ICML 2023, arXiv 2211.17091).
+
+    score(x) <- score(x) + w grad_x L(x, sigma),        L = log d / (1 - d) = log p_data(x) / p_model(x)
+
+d is a discriminator of noisy samples, trained to tell diffused real data from diffused samples of the very model and sampler that it
+will correct; with the optimal one and w = 1 the guided score is the data's. L is its raw logit: the sigmoid of the reference code,
+clipped at 1e-5, has no gradient where it saturates, so the worst samples would not be guided (preset `paper` keeps it).
+
+A second-order solver evaluates the network twice a step. Either each stage is guided with its own weight, `weights` = (w1, w2), or the
+second reuses the first's shift in units of eps, c2 = (sigma1 / sigma2) c1, which costs one evaluation and errs less than the paper's
+(2, 0): on Gaussian data, 18 Heun steps, mean and std are 0.971 and 0.558 where (1, 1) has 0.993 and 0.528, and (2, 0) 0.906 and 0.588.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from genkit import zoo
+from genkit.checkpoints import check_folder
+from genkit.guidance.base import State
+from genkit.guidance.energy import EnergyGuidance
+from genkit.guidance.networks import NoisyEncoder, PooledHead, condition_embedding, coordinates, embed_condition, interned
+from genkit.guidance.origin import require_same
+from genkit.guidance.shared import shared
+from genkit.levels import Level
+from genkit.prediction import Prediction
+
+# The paper's window, tau in [0.01, 1] of its linear schedule, as noise-to-signal ratios.
+WINDOW = (0.0446877, 152.167)
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"weights": (2.0, 0.0), "reuse": False, "clip": 1e-5},
+}
+
+
+class Discriminator(ModelMixin, ConfigMixin):
+    """Tells noisy real samples from noisy generated ones: a frozen feature extractor, then a shallow trained head.
+
+    Args:
+        sample_shape: (C, h, w) of the samples.
+        head_config: arguments of the `NoisyEncoder` on the features; it also sees the condition.
+        extractor_config: those of the one that extracts features, without `in_channels`; None feeds the samples to the head.
+        condition: which tensor of the model's condition the head sees, and its size: {"name": "prompt_embeds", "channels": D} (text) or
+            {"name": "class_labels", "num_classes": K} (classes); None for an unconditional discriminator.
+        trained_on: what it was trained on, the record of `genkit.guidance.origin`.
+
+    Its sizes of the paper are `Discriminator(**ADM["pixels 32"])`, with ADM-sized extractors.
+
+    Example:
+        >>> discriminator = load_discriminator("digits-discriminator")
+        >>> discriminator(x, level, cond)       # (B,) log-ratios
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_shape: tuple[int, int, int],
+        head_config: dict[str, Any],
+        extractor_config: dict[str, Any] | None = None,
+        condition: dict[str, Any] | None = None,
+        trained_on: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.extractor = None if extractor_config is None else NoisyEncoder(sample_shape[0], **extractor_config).requires_grad_(False)
+        channels = sample_shape[0] if self.extractor is None else self.extractor.out_channels
+        sizes = None if condition is None else {key: value for key, value in condition.items() if key != "name"}
+        self.head = NoisyEncoder(channels, condition=sizes, **head_config)
+        self.pool = PooledHead(self.head.out_channels, 1, norm_num_groups=head_config.get("norm_num_groups", 32))
+        self.match = None if sizes is None else Match(channels, self.head.embedding_channels, sizes)
+
+    def forward(self, x: Tensor, level: Level, cond: Any = None) -> Tensor:
+        """Log-ratio (B,) of noisy samples x (B, C, h, w) in any scheduler's variable; `cond` as the model's denoiser makes it.
+
+        Raises:
+            ValueError: samples of another shape, or a condition that lacks what this discriminator needs.
+        """
+        expected = tuple(self.config.sample_shape)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(
+                f"The discriminator was trained on samples {expected}, but these are {tuple(x.shape[1:])}. "
+                "Use it with the model and the size that it was trained for."
+            )
+        h, condition = self._features(x, level), self._condition(cond, len(x))
+        features, embedding = self._head(h, x, level, condition)
+        ratio = self.pool(features)[:, 0]
+        return ratio if self.match is None else ratio + self.match.evidence(h, embedding, condition)
+
+    def matching(self, x: Tensor, level: Level, cond: Any) -> Tensor:
+        """Logit (B,) that x goes with its condition rather than with another sample's; what `match` is trained to know."""
+        if self.match is None:
+            raise ValueError("This discriminator is unconditional.")
+        return self.match(self._features(x, level), self._condition(cond, len(x)))
+
+    def _features(self, x: Tensor, level: Level) -> Tensor:
+        return x if self.extractor is None else shared(self.extractor, x, level)
+
+    def _head(self, h: Tensor, x: Tensor, level: Level, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The head's features (B, C, h, w), and its embedding of noise level and condition (B, C')."""
+        z, ratio = coordinates(x, level)
+        embedding = self.head.level(ratio, condition)
+        return self.head.encode(z if self.extractor is None else h, embedding), embedding
+
+    def _condition(self, cond: Any, count: int) -> Tensor | None:
+        wanted = self.config.condition
+        if wanted is None:
+            return None
+        tensors = {} if cond is None else cond.tensors
+        if wanted["name"] not in tensors:
+            found = ", ".join(tensors) or "nothing"
+            raise ValueError(f"The discriminator is conditional on {wanted['name']!r}, but the condition of this run has {found}.")
+        value = tensors[wanted["name"]]
+        if "channels" in wanted and value.shape[-1] != wanted["channels"]:
+            raise ValueError(
+                f"The discriminator takes {wanted['name']} of width {wanted['channels']}, but here they have {value.shape[-1]}."
+            )
+        return value
+
+
+class Match(nn.Module):
+    """How well features (B, C, h, w) go with a condition: m = <features, condition>, and what m says about the log-ratio.
+
+    m is trained on real samples alone, with their own conditions against those of others, so it approaches log p(x | c) / p(x). Few
+    generated samples miss their condition, too few to learn the comparison from, but enough to learn what it means (projection
+    discriminator: Miyato & Koyama 2018, arXiv 1802.05637; mismatched pairs: Reed et al. 2016, arXiv 1605.05396).
+    """
+
+    def __init__(self, channels: int, embedding: int, condition: dict[str, int]) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.condition = condition_embedding(condition, channels)
+        self.meaning = nn.Sequential(nn.Linear(1 + embedding, 64), nn.SiLU(), nn.Linear(64, 1))
+
+    def forward(self, h: Tensor, condition: Tensor) -> Tensor:
+        """m (B,)."""
+        return (self.features(h) * embed_condition(self.condition, condition)).sum(1)
+
+    def evidence(self, h: Tensor, embedding: Tensor, condition: Tensor) -> Tensor:
+        """The log-ratio's part (B,) that follows from m and the embedding of noise level and condition (B, C')."""
+        m = self(h, condition)[:, None]
+        return self.meaning(torch.cat([m / 4, embedding.to(m)], dim=1))[:, 0]
+
+
+# The networks of the paper's experiments and their sizes (spec of the released code): extractor, head.
+_HEAD = {"block_out_channels": (128,), "layers_per_block": 2}
+ADM: dict[str, dict[str, Any]] = {
+    "pixels 32": {
+        "sample_shape": (3, 32, 32),
+        "extractor_config": {"block_out_channels": (128, 256, 512), "layers_per_block": 4},
+        "head_config": _HEAD,
+    },
+    "pixels 64": {
+        "sample_shape": (3, 64, 64),
+        "extractor_config": {
+            "block_out_channels": (128, 256, 384, 512), "layers_per_block": 4, "attention": (False, True, True, True),
+        },
+        "head_config": _HEAD,
+    },
+    "latents 32": {
+        "sample_shape": (4, 32, 32),
+        "extractor_config": {"block_out_channels": (128, 256, 384), "layers_per_block": 2},
+        "head_config": _HEAD,
+        "condition": {"name": "class_labels", "num_classes": 1000},
+    },
+}  # fmt: skip
+
+
+def load_discriminator(name: str | Path) -> Discriminator:
+    """A discriminator: an embedded one by name, or a folder that `genkit train discriminator` wrote. In eval mode, frozen.
+
+    Raises:
+        ValueError: no such model, or the folder is damaged or holds another model.
+    """
+    folder = Path(name) if Path(name).is_dir() and str(name) not in zoo.names() else zoo.path(str(name))
+    check_folder(folder)
+    kind = Discriminator.load_config(folder).get("_class_name")
+    if kind != Discriminator.__name__:
+        raise ValueError(f"{str(name)!r} holds a {kind}, which is no discriminator.")
+    discriminator = Discriminator.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    if discriminator.extractor is not None:
+        discriminator.extractor = interned(discriminator.extractor)
+    return discriminator
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Boosting:
+    """Extra guidance for samples that the discriminator takes for generated (log-ratio below 0); the paper's, for CIFAR-10.
+
+    Args:
+        period: on every step that it divides the weight of those samples is multiplied by `weight`.
+        weight: 2 in the paper.
+
+    Raises:
+        ValueError: a period below 1.
+    """
+
+    period: int = 2
+    weight: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.period < 1:
+            raise ValueError(f"The boosting period {self.period} must be at least 1.")
+
+
+class DiscriminatorGuidance(EnergyGuidance):
+    """Correct a model's score with a discriminator of its own samples (see the top of this file).
+
+    Args:
+        discriminator: a `Discriminator`, or any module that maps (x, level, cond) to log-ratios (B,).
+        scale: w, 1 in theory.
+        weights: (w1, w2) on top of `scale`, for the first and the second stage of a second-order solver.
+        reuse: the second stage takes the first's shift in units of eps, times w2 / w1, instead of an evaluation of its own.
+        window: noise-to-signal ratios between which it acts; each sample by its own. The paper's by default.
+        clip: clip the sigmoid at this distance from 0 and 1, as the reference code does; None uses the raw logit.
+        boosting: extra weight where the log-ratio is below 0.
+
+    Raises:
+        ValueError: weights, window or clip out of range; in a pipeline, another model than the discriminator was trained on.
+
+    Example:
+        >>> guide = DiscriminatorGuidance(load_discriminator("digits-discriminator"))
+        >>> pipe(captions, guidance=guide, guidance_scale=1.0)
+    """
+
+    name = "discriminator"
+
+    def __init__(
+        self,
+        discriminator: Any,
+        scale: float = 1.0,
+        *,
+        weights: tuple[float, float] = (1.0, 1.0),
+        reuse: bool = True,
+        window: tuple[float, float] = WINDOW,
+        clip: float | None = None,
+        boosting: Boosting | None = None,
+    ) -> None:
+        if len(weights) != 2 or not all(math.isfinite(w) for w in weights):
+            raise ValueError(f"weights={weights!r} must be two finite numbers, for the first and the second stage.")
+        if reuse and weights[0] == 0 and weights[1] != 0:
+            raise ValueError(f"weights={weights!r} leave nothing to reuse in the second stage. Set reuse=False.")
+        if not 0 <= window[0] <= window[1]:
+            raise ValueError(f"window={window!r} is no interval of noise-to-signal ratios.")
+        if clip is not None and not 0 < clip < 0.5:
+            raise ValueError(f"clip={clip} is not between 0 and 0.5.")
+        self.discriminator, self.weights, self.reuse = discriminator.eval().requires_grad_(False), weights, reuse
+        self.window, self.clip, self.boosting = window, clip, boosting
+        super().__init__(discriminator, scale, "direct", "latent")
+
+    @classmethod
+    def from_preset(cls, preset: str, discriminator: Any, **arguments: Any) -> DiscriminatorGuidance:
+        """`default`: raw logit, one evaluation a step, weights 1 and 1. `paper`: weights 2 and 0, clipped sigmoid.
+
+        Raises:
+            ValueError: unknown preset.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"Unknown preset {preset!r}. Use one of: {', '.join(PRESETS)}.")
+        return cls(discriminator, **{**PRESETS[preset], **arguments})
+
+    def check(self, pipe: Any) -> None:
+        require_same(getattr(getattr(self.discriminator, "config", None), "trained_on", None), pipe, "discriminator")
+
+    def weight(self, state: State) -> float | Tensor:
+        level = state.level
+        weight = self.weights[level.order - 1]
+        ratio = level.sigma / level.alpha if isinstance(level.alpha, Tensor) or level.alpha > 0 else math.inf
+        low, high = self.window
+        if isinstance(ratio, Tensor):
+            return weight * ((ratio >= low) & (ratio <= high))
+        return weight if low <= ratio <= high else 0.0
+
+    def active(self, state: State) -> bool:
+        reused = self.reuse and state.level.order == 2
+        return self._kept(state) is not None and self.weights[1] != 0 if reused else super().active(state)
+
+    def joint(self, state: State) -> Any:
+        # What is reused must be this guidance's own shift, so it is evaluated alone where there is a second stage.
+        return None if self.reuse and any(level.order == 2 for level in state.levels) else self.route
+
+    def shift(self, state: State, prediction: Prediction) -> Tensor | None:
+        level = state.level
+        kept = self._kept(state)
+        if self.reuse and level.order == 2 and kept is not None:
+            return self.weights[1] / self.weights[0] * kept / level.sigma
+        c = super().shift(state, prediction)
+        if c is not None:
+            state.cache[id(self)] = (level.index, level.sigma * c)
+        return c
+
+    def _kept(self, state: State) -> Tensor | None:
+        """The first stage's shift of eps, if this is the second stage of the same step."""
+        index, kept = state.cache.get(id(self), (None, None))
+        return kept if index == state.level.index - 1 else None
+
+    def _call(self, z: Tensor, state: State) -> Tensor:
+        ratio = self.discriminator(z, state.level, state.cond)
+        if self.clip is not None:
+            d = torch.sigmoid(ratio).clamp(self.clip, 1 - self.clip)
+            ratio = (d / (1 - d)).log()
+        if self.boosting is not None and state.level.index % self.boosting.period == 0:
+            # The value is reported as it is; only its gradient is multiplied.
+            extra = torch.where(ratio.detach() < 0, self.boosting.weight - 1, 0.0)
+            ratio = ratio + extra * (ratio - ratio.detach())
+        return ratio
+
+
+def bce(discriminator: Any, real: Tensor, fake: Tensor, level: Level, cond: tuple[Any, Any] = (None, None)) -> Tensor:
+    """Binary cross-entropy, averaged over both halves, of noisy real and generated samples (B, ...) at the same levels."""
+    return pairwise_bce(discriminator(real, level, cond[0]), discriminator(fake, level, cond[1]))
+
+
+def pairwise_bce(positive: Tensor, negative: Tensor) -> Tensor:
+    """Binary cross-entropy of logits (B,) whose truth is 1 and of logits (B,) whose truth is 0."""
+    return (F.softplus(-positive).mean() + F.softplus(negative).mean()) / 2
