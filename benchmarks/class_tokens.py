@@ -1,6 +1,6 @@
 """Class tokens on `digits`: do they work, and what does training them cost?
 
-    python benchmarks/class_tokens.py [--classes seven,four,zero] [--rounds 5] [--out benchmarks/results/class_tokens.json]
+    python benchmarks/class_tokens.py [--classes seven,four,zero] [--rounds 8] [--out benchmarks/results/class_tokens.json]
 
 *Effect*: a token for each class, from prompts that do not name it; `digits-classifier` guides, `digits-judge` reads pictures of
 seeds that were not trained on. *Cost*: an update beside plain sampling of as many images (same steps, guidance scale and batch),
@@ -160,7 +160,7 @@ def main() -> None:
     """Measure, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", default="seven,four,zero")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--tokens", type=Path, default=Path("out/class_tokens"), help="folder for the tokens and their pictures")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/class_tokens.json"))
     arguments = parser.parse_args()

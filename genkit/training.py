@@ -134,7 +134,10 @@ class _Run:
         config, saved = self.config, time.monotonic()
         self.began = saved
         try:
-            with progress(disable=not self.ranks.leads) as bar, open(self.folder / f"log{self.ranks.index or ''}.jsonl", "a") as log:
+            with (
+                progress(disable=not self.ranks.leads) as bar,
+                open(self.folder / f"log{self.ranks.index or ''}.jsonl", "a") as log,
+            ):
                 task = bar.add_task(self.name, total=config.steps, completed=self.step)
                 while self.step < config.steps and not (validate and self._exhausted()):
                     self._advance(loss)

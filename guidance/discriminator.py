@@ -2,13 +2,23 @@
 
     score(x) <- score(x) + w grad_x L(x, sigma),        L = log d / (1 - d) = log p_data(x) / p_model(x)
 
-d is a discriminator of noisy samples, trained to tell diffused real data from diffused samples of the very model and sampler that it
-will correct; with the optimal one and w = 1 the guided score is the data's. L is its raw logit: the sigmoid of the reference code,
-clipped at 1e-5, has no gradient where it saturates, so the worst samples would not be guided (preset `paper` keeps it).
+d is a discriminator of noisy samples, trained to tell diffused real data from diffused samples of the very model and sampler
+that it will correct; with the optimal one and w = 1 the guided score is the data's. L is its raw logit: the sigmoid of the
+reference code, clipped at 1e-5, has no gradient where it saturates, so the worst samples would not be guided (preset `paper`
+keeps it).
 
-A second-order solver evaluates the network twice a step. Either each stage is guided with its own weight, `weights` = (w1, w2), or the
-second reuses the first's shift in units of eps, c2 = (sigma1 / sigma2) c1, which costs one evaluation and errs less than the paper's
-(2, 0): on Gaussian data, 18 Heun steps, mean and std are 0.971 and 0.558 where (1, 1) has 0.993 and 0.528, and (2, 0) 0.906 and 0.588.
+A conditional model errs in another way, too: its samples miss their condition c. Too few do for a discriminator to learn from them
+what goes with what, but real samples teach it (m below), and one network on one trunk gives both:
+
+    U = L + kappa m,        m = log p_data(x | c, sigma) / p_data(x | sigma)
+
+kappa = `matching` acts as classifier-free guidance of scale 1 + kappa does, without a second evaluation of the denoiser. 0 is the
+paper's.
+
+A second-order solver evaluates the network twice a step. Either each stage is guided with its own weight, `weights` = (w1, w2),
+or the second reuses the first's shift in units of eps, c2 = (sigma1 / sigma2) c1, which costs one evaluation and errs less than
+the paper's (2, 0): on Gaussian data, 18 Heun steps, mean and std are 0.971 and 0.558 where (1, 1) has 0.993 and 0.528, and (2, 0)
+0.906 and 0.588.
 """
 
 from __future__ import annotations
@@ -36,9 +46,10 @@ from genkit.prediction import Prediction
 
 # The paper's window, tau in [0.01, 1] of its linear schedule, as noise-to-signal ratios.
 WINDOW = (0.0446877, 152.167)
+MATCHING = 1.0
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {"weights": (2.0, 0.0), "reuse": False, "clip": 1e-5},
+    "paper": {"weights": (2.0, 0.0), "reuse": False, "clip": 1e-5, "matching": 0.0},
 }
 
 
@@ -49,8 +60,8 @@ class Discriminator(ModelMixin, ConfigMixin):
         sample_shape: (C, h, w) of the samples.
         head_config: arguments of the `NoisyEncoder` on the features; it also sees the condition.
         extractor_config: those of the one that extracts features, without `in_channels`; None feeds the samples to the head.
-        condition: which tensor of the model's condition the head sees, and its size: {"name": "prompt_embeds", "channels": D} (text) or
-            {"name": "class_labels", "num_classes": K} (classes); None for an unconditional discriminator.
+        condition: which tensor of the model's condition the head sees, and its size: {"name": "prompt_embeds", "channels": D}
+            (text) or {"name": "class_labels", "num_classes": K} (classes); None for an unconditional discriminator.
         trained_on: what it was trained on, the record of `genkit.guidance.origin`.
 
     Its sizes of the paper are `Discriminator(**ADM["pixels 32"])`, with ADM-sized extractors.
@@ -70,12 +81,15 @@ class Discriminator(ModelMixin, ConfigMixin):
         trained_on: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.extractor = None if extractor_config is None else NoisyEncoder(sample_shape[0], **extractor_config).requires_grad_(False)
+        self.extractor = (
+            None if extractor_config is None else NoisyEncoder(sample_shape[0], **extractor_config).requires_grad_(False)
+        )
         channels = sample_shape[0] if self.extractor is None else self.extractor.out_channels
         sizes = None if condition is None else {key: value for key, value in condition.items() if key != "name"}
         self.head = NoisyEncoder(channels, condition=sizes, **head_config)
         self.pool = PooledHead(self.head.out_channels, 1, norm_num_groups=head_config.get("norm_num_groups", 32))
-        self.match = None if sizes is None else Match(channels, self.head.embedding_channels, sizes)
+        groups = head_config.get("norm_num_groups", 32)
+        self.match = None if sizes is None or self.extractor is None else Match(channels, sizes, groups)
 
     def forward(self, x: Tensor, level: Level, cond: Any = None) -> Tensor:
         """Log-ratio (B,) of noisy samples x (B, C, h, w) in any scheduler's variable; `cond` as the model's denoiser makes it.
@@ -90,24 +104,27 @@ class Discriminator(ModelMixin, ConfigMixin):
                 "Use it with the model and the size that it was trained for."
             )
         h, condition = self._features(x, level), self._condition(cond, len(x))
-        features, embedding = self._head(h, x, level, condition)
-        ratio = self.pool(features)[:, 0]
-        return ratio if self.match is None else ratio + self.match.evidence(h, embedding, condition)
+        if self.extractor is None:
+            return self.pool(self.head(x, level, condition))[:, 0]
+        _, ratio = coordinates(x, level)
+        return self.pool(self.head.encode(h, self.head.level(ratio, condition)))[:, 0]
 
     def matching(self, x: Tensor, level: Level, cond: Any) -> Tensor:
-        """Logit (B,) that x goes with its condition rather than with another sample's; what `match` is trained to know."""
+        """m (B,), how well x goes with its condition: log p_data(x | c) / p_data(x).
+
+        Raises:
+            ValueError: the discriminator is unconditional or has no extractor.
+        """
+        return self.matching_pairs(x, level, cond).diagonal()
+
+    def matching_pairs(self, x: Tensor, level: Level, cond: Any) -> Tensor:
+        """m (B, B) of every sample with every condition of the batch."""
         if self.match is None:
-            raise ValueError("This discriminator is unconditional.")
+            raise ValueError("This discriminator knows nothing of conditions. Train a conditional one, with an extractor.")
         return self.match(self._features(x, level), self._condition(cond, len(x)))
 
     def _features(self, x: Tensor, level: Level) -> Tensor:
         return x if self.extractor is None else shared(self.extractor, x, level)
-
-    def _head(self, h: Tensor, x: Tensor, level: Level, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The head's features (B, C, h, w), and its embedding of noise level and condition (B, C')."""
-        z, ratio = coordinates(x, level)
-        embedding = self.head.level(ratio, condition)
-        return self.head.encode(z if self.extractor is None else h, embedding), embedding
 
     def _condition(self, cond: Any, count: int) -> Tensor | None:
         wanted = self.config.condition
@@ -126,27 +143,35 @@ class Discriminator(ModelMixin, ConfigMixin):
 
 
 class Match(nn.Module):
-    """How well features (B, C, h, w) go with a condition: m = <features, condition>, and what m says about the log-ratio.
+    """How well features (B, C, h, w) go with conditions, (B, B'): inner products of projections (Miyato & Koyama 2018).
 
-    m is trained on real samples alone, with their own conditions against those of others, so it approaches log p(x | c) / p(x). Few
-    generated samples miss their condition, too few to learn the comparison from, but enough to learn what it means (projection
-    discriminator: Miyato & Koyama 2018, arXiv 1802.05637; mismatched pairs: Reed et al. 2016, arXiv 1605.05396).
+    Args:
+        channels: of the features.
+        condition: as `NoiseLevelEmbedding` has it.
+        norm_num_groups: of the normalisation of the features.
     """
 
-    def __init__(self, channels: int, embedding: int, condition: dict[str, int]) -> None:
+    def __init__(self, channels: int, condition: dict[str, int], norm_num_groups: int = 32) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.condition = condition_embedding(condition, channels)
-        self.meaning = nn.Sequential(nn.Linear(1 + embedding, 64), nn.SiLU(), nn.Linear(64, 1))
+        width = 2 * channels
+        self.features = PooledHead(channels, width, norm_num_groups=norm_num_groups)
+        self.condition = condition_embedding(condition, width)
+        self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
-        """m (B,)."""
-        return (self.features(h) * embed_condition(self.condition, condition)).sum(1)
+        return self.features(h) @ embed_condition(self.condition, condition).T / 4 + self.bias
 
-    def evidence(self, h: Tensor, embedding: Tensor, condition: Tensor) -> Tensor:
-        """The log-ratio's part (B,) that follows from m and the embedding of noise level and condition (B, C')."""
-        m = self(h, condition)[:, None]
-        return self.meaning(torch.cat([m / 4, embedding.to(m)], dim=1))[:, 0]
+
+def matching_loss(pairs: Tensor) -> Tensor:
+    """The loss that makes m (B, B), of samples with conditions of the same rows, log p(x | c) / p(x).
+
+    Cross-entropy over the rows and over the columns (InfoNCE, van den Oord et al. 2018, arXiv 1807.03748; it finds the
+    conditions that nearly fit) leaves one constant open, which binary cross-entropy fixes (Zhai et al. 2023, arXiv 2303.15343).
+    """
+    target = torch.arange(len(pairs), device=pairs.device)
+    others = pairs[~torch.eye(len(pairs), dtype=torch.bool, device=pairs.device)]
+    contrast = (F.cross_entropy(pairs, target) + F.cross_entropy(pairs.T, target)) / 2
+    return contrast + pairwise_bce(pairs.diagonal(), others)
 
 
 # The networks of the paper's experiments and their sizes (spec of the released code): extractor, head.
@@ -220,6 +245,8 @@ class DiscriminatorGuidance(EnergyGuidance):
         reuse: the second stage takes the first's shift in units of eps, times w2 / w1, instead of an evaluation of its own.
         window: noise-to-signal ratios between which it acts; each sample by its own. The paper's by default.
         clip: clip the sigmoid at this distance from 0 and 1, as the reference code does; None uses the raw logit.
+        matching: kappa, how strongly a sample is held to its condition; 0 for a discriminator that knows no conditions, else
+            1 by default.
         boosting: extra weight where the log-ratio is below 0.
 
     Raises:
@@ -241,6 +268,7 @@ class DiscriminatorGuidance(EnergyGuidance):
         reuse: bool = True,
         window: tuple[float, float] = WINDOW,
         clip: float | None = None,
+        matching: float | None = None,
         boosting: Boosting | None = None,
     ) -> None:
         if len(weights) != 2 or not all(math.isfinite(w) for w in weights):
@@ -251,6 +279,10 @@ class DiscriminatorGuidance(EnergyGuidance):
             raise ValueError(f"window={window!r} is no interval of noise-to-signal ratios.")
         if clip is not None and not 0 < clip < 0.5:
             raise ValueError(f"clip={clip} is not between 0 and 0.5.")
+        knows = getattr(discriminator, "match", None) is not None
+        self.matching = (MATCHING if knows else 0.0) if matching is None else float(matching)
+        if not math.isfinite(self.matching) or (self.matching and not knows):
+            raise ValueError(f"matching={matching} must be finite, and 0 for a discriminator that knows no conditions.")
         self.discriminator, self.weights, self.reuse = discriminator.eval().requires_grad_(False), weights, reuse
         self.window, self.clip, self.boosting = window, clip, boosting
         super().__init__(discriminator, scale, "direct", "latent")
@@ -310,6 +342,8 @@ class DiscriminatorGuidance(EnergyGuidance):
             # The value is reported as it is; only its gradient is multiplied.
             extra = torch.where(ratio.detach() < 0, self.boosting.weight - 1, 0.0)
             ratio = ratio + extra * (ratio - ratio.detach())
+        if self.matching:
+            ratio = ratio + self.matching * self.discriminator.matching(z, state.level, state.cond)
         return ratio
 
 

@@ -51,7 +51,8 @@ class NoiseLevelEmbedding(nn.Module):
 
     Args:
         channels: of the sinusoid; the vector has four times as many.
-        condition: {"num_classes": K} for labels (B,), {"channels": D} for token embeddings (B, L, D) or vectors (B, D); None for neither.
+        condition: {"num_classes": K} for labels (B,), {"channels": D} for token embeddings (B, L, D) or vectors (B, D); None for
+            neither.
     """
 
     def __init__(self, channels: int, condition: dict[str, int] | None = None) -> None:
@@ -105,7 +106,12 @@ class NoisyEncoder(nn.Module):
         def attend(channels: int) -> Attention:
             head = min(attention_head_dim, channels)
             return Attention(
-                channels, heads=channels // head, dim_head=head, norm_num_groups=norm_num_groups, residual_connection=True, bias=True
+                channels,
+                heads=channels // head,
+                dim_head=head,
+                norm_num_groups=norm_num_groups,
+                residual_connection=True,
+                bias=True,
             )
 
         blocks: list[nn.Module] = []
@@ -154,7 +160,7 @@ _interned: WeakValueDictionary[str, NoisyEncoder] = WeakValueDictionary()
 
 
 def interned(encoder: NoisyEncoder) -> NoisyEncoder:
-    """The encoder of these very weights that is in memory already, or this one: so energies on one trunk can share its evaluation."""
+    """The encoder of these very weights that is in memory already, or this one: energies on one trunk can share its evaluation."""
     digest = hashlib.sha256()
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -23,7 +23,9 @@ def _option(panel: str, text: str, *names: str, **arguments: Any) -> Any:
 def discriminator(
     out: Annotated[Path, _option(_WHERE, "Folder for the discriminator, and in training/ the samples, log and checkpoint.")],
     model: Annotated[str, _option(_WHAT, "The model to correct: an embedded one, a folder, or a Hub repository.")] = "digits",
-    data: Annotated[str, _option(_WHAT, "Real images: digits, or a folder (captions in metadata.jsonl, classes as subfolders).")] = "digits",
+    data: Annotated[
+        str, _option(_WHAT, "Real images: digits, or a folder (captions in metadata.jsonl, classes as subfolders).")
+    ] = "digits",
     count: Annotated[int, _option(_WHAT, "Generated samples, and as many real ones.", min=20)] = 8000,
     steps: Annotated[str, _option(_WHAT, "Sampling steps, as it will be guided; several as 10,30.")] = "30",
     sampler: Annotated[str | None, _option(_WHAT, "As for `genkit sample`.", show_default="the model's own")] = None,
@@ -36,9 +38,13 @@ def discriminator(
     depth: Annotated[int, _option(_WHAT, "Residual blocks of the head (2 in the paper).", min=1)] = 1,
     conditional: Annotated[bool, _option(_WHAT, "Let the head see the model's prompt or class.")] = True,
     updates: Annotated[int, _option(_HOW, "At most so many updates of the weights.", min=1)] = 3000,
-    patience: Annotated[int, _option(_HOW, "Stop after so many validations, one every 100 updates, without a better one; 0 never.", min=0)] = 8,
+    patience: Annotated[
+        int, _option(_HOW, "Stop after so many validations, one every 100 updates, without a better one; 0 never.", min=0)
+    ] = 8,
     lr: Annotated[float, _option(_HOW, "Peak learning rate.", min=0)] = 5e-4,
-    ema: Annotated[float, _option(_HOW, "Decay of the average of the weights that is saved; 0 saves the weights.", min=0, max=0.99999)] = 0.999,
+    ema: Annotated[
+        float, _option(_HOW, "Decay of the average of the weights that is saved; 0 saves the weights.", min=0, max=0.99999)
+    ] = 0.999,
     batch: Annotated[int, _option(_HOW, "Real and generated samples in an update, together.", min=2)] = 128,
     seed: Annotated[int, _option(_HOW, "Seed of the training.")] = 51,
     resume: Annotated[bool, _option(_WHERE, "Go on with the samples and the checkpoint in --out.", "--resume")] = False,
@@ -86,7 +92,12 @@ def discriminator(
         from genkit.guidance.training import DiscriminatorConfig
         from genkit.training import TrainConfig
 
-        head = {"block_out_channels": (width,), "layers_per_block": depth, "attention_head_dim": min(64, width), "norm_num_groups": 8}
+        head = {
+            "block_out_channels": (width,),
+            "layers_per_block": depth,
+            "attention_head_dim": min(64, width),
+            "norm_num_groups": 8,
+        }
         config = DiscriminatorConfig(
             count=count, steps=counts, sampler=sampler, guidance_scale=cfg, eta=eta, extractor=plan["extractor"], head=head,
             conditional=conditional,
@@ -100,7 +111,9 @@ def discriminator(
             raise typer.Exit(INTERRUPTED) from None
         finally:
             ranks.leave()
-        output.result({**plan, **figures}, f"Trained a discriminator: {out}  (validation loss {figures['loss']:.4f}; chance is 0.6931)")
+        output.result(
+            {**plan, **figures}, f"Trained a discriminator: {out}  (validation loss {figures['loss']:.4f}; chance is 0.6931)"
+        )
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -73,7 +73,11 @@ def _digits(count: int) -> ImageSource:
             images = torch.nn.functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
         return images
 
-    return ImageSource("digits", load, batch.stroke.tolist(), batch.captions())
+    # Mostly the canonical caption, else what people type, down to the null prompt: what is conditional should know them all.
+    rng = np.random.default_rng(77)
+    attributes = zip(batch.captions(), batch.attributes(), strict=True)
+    captions = [full if rng.random() < 0.6 else digits.training_caption(row, rng) for full, row in attributes]
+    return ImageSource("digits", load, batch.stroke.tolist(), captions)
 
 
 def _folder(folder: Path, count: int | None) -> ImageSource:
@@ -110,7 +114,9 @@ def _captions(folder: Path, files: list[Path]) -> list[str] | None:
             table[file] = file.with_suffix(".txt").read_text(encoding="utf-8").strip()
     missing = [file for file in files if file not in table]
     if table and missing:
-        raise ValueError(f"{len(missing)} of {len(files)} images have no caption, for instance {missing[0].name!r}. Caption all, or none.")
+        raise ValueError(
+            f"{len(missing)} of {len(files)} images have no caption, for instance {missing[0].name!r}. Caption all, or none."
+        )
     return [table[file] for file in files] if table else None
 
 

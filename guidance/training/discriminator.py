@@ -2,16 +2,15 @@
 
     min_d  E_sigma [ E_{x0 ~ data} -log d(x, sigma) + E_{x0 ~ model} -log(1 - d(x, sigma)) ],     x = x0 + sigma eps
 
-with sigma log-uniform, and generated samples of the very model and sampler that it will correct. Samples and encoded real images are
-kept in the run's folder, shard by shard, so an interrupted run goes on where it stopped and several processes share the work.
+with sigma log-uniform, and generated samples of the very model and sampler that it will correct. Samples and encoded real images
+are kept in the run's folder, shard by shard, so an interrupted run goes on where it stopped and several processes share the work.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from genkit.console import progress
 from genkit.data.source import ImageSource
 from genkit.denoisers import Cond, Denoiser
 from genkit.files import prepare_folder, write_atomic
-from genkit.guidance.discriminator import Discriminator, bce, pairwise_bce
+from genkit.guidance.discriminator import Discriminator, bce, matching_loss
 from genkit.guidance.networks import SIGMA_MAX, SIGMA_MIN, random_levels
 from genkit.guidance.noisy_classifier import load_noisy_classifier
 from genkit.guidance.origin import origin
@@ -36,6 +35,7 @@ from genkit.training import TrainConfig, fit
 
 VALIDATION_RATIOS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # noise-to-signal ratios at which the validation loss is reported
 SHARD = 200  # samples in a file of the cache
+TRAIN = TrainConfig(steps=3500, batch_size=192, lr=1e-3, validate_every=100, patience=8, seed=51)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,8 @@ class DiscriminatorConfig:
 
     Args:
         count: generated samples, and as many real ones (50,000 in the paper).
-        steps, sampler, guidance_scale, eta: how the model is sampled; as it will be when it is guided. Several `steps` share the samples.
+        steps, sampler, guidance_scale, eta: how the model is sampled; as it will be when it is guided. Several `steps` share the
+            samples.
         extractor: the frozen feature extractor: an embedded noisy classifier or its folder; None trains the head on the samples.
         head: arguments of the head's `NoisyEncoder`.
         conditional: whether the head sees the model's condition, where it has one.
@@ -68,7 +69,7 @@ class DiscriminatorConfig:
     conditional: bool = True
     sigmas: tuple[float, float] = (SIGMA_MIN, SIGMA_MAX)
     held_out: float = 0.1
-    train: TrainConfig = TrainConfig(steps=3000, batch_size=128, lr=3e-4, validate_every=100, patience=8, seed=51)
+    train: TrainConfig = dataclasses.field(default_factory=lambda: TRAIN)
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1 or self.count * self.held_out < 2 or self.count * (1 - self.held_out) < 2:
@@ -96,7 +97,8 @@ def train_discriminator(
     Args:
         pipe: the model to correct.
         source: real images, with captions or labels where the model is conditional.
-        folder: for the result, and in `training/` the samples, the log (`log.jsonl`, validation loss by noise level) and the checkpoint.
+        folder: for the result, and in `training/` the samples, the log (`log.jsonl`, validation loss by noise level) and the
+            checkpoint.
         resume: use the samples and the checkpoint that are there.
         batch_size: samples drawn at a time.
         ranks: processes that share the work, after `Ranks.join`.
@@ -242,7 +244,7 @@ class _Data:
 
 
 def _conditions(pool: _Pool) -> tuple[str, Tensor] | None:
-    """Name and values (N, ...) of the model's condition; token embeddings as their means (N, D), which is all that the head sees."""
+    """Name and values (N, ...) of the model's condition; token embeddings as their means (N, D), all that the head sees."""
     rows = range(pool.config.count)
     inputs = _inputs(pool.source, rows)
     if not inputs:
@@ -268,8 +270,8 @@ def _build(pipe: GuidedPipeline, data: _Data, config: DiscriminatorConfig) -> Di
     classifier = None if config.extractor is None else load_noisy_classifier(config.extractor)
     torch.manual_seed(config.train.seed)
     model = Discriminator(
-        tuple(data.training.real.shape[1:]), config.head, None if classifier is None else dict(classifier.config.encoder), condition,
-        origin(pipe.host, samples=how),
+        tuple(data.training.real.shape[1:]), config.head, None if classifier is None else dict(classifier.config.encoder),
+        condition, origin(pipe.host, samples=how),
     )  # fmt: skip
     if classifier is not None:
         model.extractor.load_state_dict(classifier.trunk.state_dict())
@@ -288,9 +290,9 @@ def _loss(model: Any, half: _Half, count: int, sigmas: tuple[float, float], gene
     own = [_cond(model, values, device) for values in conds]
     with sharing():
         loss = bce(model, noisy[0], noisy[1], level, (own[0], own[1]))
-        if conds[0] is not None:
-            other = _cond(model, conds[0].roll(1, 0), device)
-            loss = loss + pairwise_bce(model.matching(noisy[0], level, own[0]), model.matching(noisy[0], level, other))
+        if model.match is not None:
+            # The two terms train different weights, so they need no balance.
+            loss = loss + matching_loss(model.matching_pairs(noisy[0], level, own[0]))
     return loss
 
 

@@ -44,7 +44,7 @@ def test_folder_with_classes(folder):
 def test_folder_with_captions(folder):
     lines = [{"file_name": name, "text": f"picture {name}"} for name in ("cats/a.png", "cats/b.jpg")]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(ValueError, match="1 of 3 images have no caption, for instance 'c.png'"):
+    with pytest.raises(ValueError, match=r"1 of 3 images have no caption, for instance 'c.png'"):
         open_source(folder)
     (folder / "dogs" / "c.txt").write_text("a dog\n")
     assert open_source(folder).captions == ["picture cats/a.png", "picture cats/b.jpg", "a dog"]

@@ -10,8 +10,8 @@ from torch import nn
 
 from genkit.classifiers import AttributeClassifier
 from genkit.data import digits as data
-from genkit.zoo.training import autoencoder, classifier, digits
 from genkit.training import TrainConfig, fit
+from genkit.zoo.training import autoencoder, classifier, digits
 from genkit.zoo.training.tokenizer import build_tokenizer
 
 

@@ -96,7 +96,7 @@ def test_interrupted_runs_go_on_and_end_the_same(photos, tmp_path):
 def test_samples_made_otherwise_are_refused(photos, tmp_path):
     source = open_source(photos, 20)
     train(tmp_path, source)
-    with pytest.raises(ValueError, match="already holds samples. Use --resume"):
+    with pytest.raises(ValueError, match=r"already holds samples\. Use --resume"):
         train(tmp_path, source)
     with pytest.raises(ValueError, match="made with another steps"):
         train(tmp_path, source, resume=True, steps=(3,))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from genkit.data import digits
-from genkit.zoo.training import autoencoder
 from genkit.training import TrainConfig, fit
+from genkit.zoo.training import autoencoder
 from genkit.zoo.training.tokenizer import build_tokenizer
 
 CONFIG = TrainConfig(steps=4500, batch_size=128, lr=1e-3, warmup=200, seed=31, ema_decay=0.999)

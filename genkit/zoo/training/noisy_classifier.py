@@ -1,7 +1,7 @@
 """Trains `digits-noisy-classifier`: digit, ink and paper of noisy latents of `digits`, at every noise level.
 
-Noise-to-signal ratios are log-uniform over those of the schedule. It guides by itself, and its trunk is the frozen feature extractor of
-`digits-discriminator`.
+Noise-to-signal ratios are log-uniform over those of the schedule. It guides by itself, and its trunk is the frozen feature
+extractor of `digits-discriminator`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from genkit.guidance.noisy_classifier import NoisyClassifier
 from genkit.training import TrainConfig, fit
 
 CONFIG = TrainConfig(steps=4000, batch_size=128, lr=1.5e-3, seed=41)
-ENCODER = {"block_out_channels": (48, 64), "layers_per_block": 1, "attention": (False, False), "attention_head_dim": 32, "norm_num_groups": 8}
+ENCODER = {
+    "block_out_channels": (48, 64),
+    "layers_per_block": 1,
+    "attention": (False, False),
+    "attention_head_dim": 32,
+    "norm_num_groups": 8,
+}
 POOL = 40_000  # augmented pictures that are encoded once, before training
 
 
