@@ -124,7 +124,8 @@ class _Run:
         """Write the checkpoint; it is there whole or not at all. The processes are alike, so the first one does it."""
         if not self.ranks.leads:
             return
-        state = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state: dict[str, Any] = {"model": self.model.state_dict(), "ema": self.ema.state_dict()}
+        state |= {"optimizer": self.optimizer.state_dict()}
         state |= {"schedule": self.schedule.state_dict(), "step": self.step, "best": self.best}
         file = self.folder / "checkpoint.pt"
         torch.save(state, file.with_suffix(".tmp"))

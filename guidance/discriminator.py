@@ -62,6 +62,8 @@ class Discriminator(ModelMixin, ConfigMixin):
         extractor_config: those of the one that extracts features, without `in_channels`; None feeds the samples to the head.
         condition: which tensor of the model's condition the head sees, and its size: {"name": "prompt_embeds", "channels": D}
             (text) or {"name": "class_labels", "num_classes": K} (classes); None for an unconditional discriminator.
+        classes: how many classes each attribute has that the extractor's own heads read; with a condition, the discriminator then
+            also knows what goes with what (see `Match`).
         trained_on: what it was trained on, the record of `genkit.guidance.origin`.
 
     Its sizes of the paper are `Discriminator(**ADM["pixels 32"])`, with ADM-sized extractors.
@@ -78,6 +80,7 @@ class Discriminator(ModelMixin, ConfigMixin):
         head_config: dict[str, Any],
         extractor_config: dict[str, Any] | None = None,
         condition: dict[str, Any] | None = None,
+        classes: list[int] | None = None,
         trained_on: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -88,8 +91,9 @@ class Discriminator(ModelMixin, ConfigMixin):
         sizes = None if condition is None else {key: value for key, value in condition.items() if key != "name"}
         self.head = NoisyEncoder(channels, condition=sizes, **head_config)
         self.pool = PooledHead(self.head.out_channels, 1, norm_num_groups=head_config.get("norm_num_groups", 32))
-        groups = head_config.get("norm_num_groups", 32)
-        self.match = None if sizes is None or self.extractor is None else Match(channels, sizes, groups)
+        self.match = None
+        if sizes is not None and extractor_config is not None and classes:
+            self.match = Match(channels, classes, sizes, extractor_config.get("norm_num_groups", 32))
 
     def forward(self, x: Tensor, level: Level, cond: Any = None) -> Tensor:
         """Log-ratio (B,) of noisy samples x (B, C, h, w) in any scheduler's variable; `cond` as the model's denoiser makes it.
@@ -113,14 +117,14 @@ class Discriminator(ModelMixin, ConfigMixin):
         """m (B,), how well x goes with its condition: log p_data(x | c) / p_data(x).
 
         Raises:
-            ValueError: the discriminator is unconditional or has no extractor.
+            ValueError: the discriminator is unconditional, or its extractor reads nothing.
         """
         return self.matching_pairs(x, level, cond).diagonal()
 
     def matching_pairs(self, x: Tensor, level: Level, cond: Any) -> Tensor:
         """m (B, B) of every sample with every condition of the batch."""
         if self.match is None:
-            raise ValueError("This discriminator knows nothing of conditions. Train a conditional one, with an extractor.")
+            raise ValueError("This discriminator knows nothing of conditions. Train a conditional one on a noisy classifier.")
         return self.match(self._features(x, level), self._condition(cond, len(x)))
 
     def _features(self, x: Tensor, level: Level) -> Tensor:
@@ -143,23 +147,29 @@ class Discriminator(ModelMixin, ConfigMixin):
 
 
 class Match(nn.Module):
-    """How well features (B, C, h, w) go with conditions, (B, B'): inner products of projections (Miyato & Koyama 2018).
+    """How well features (B, C, h, w) go with conditions, (B, B'): what a noisy classifier reads, weighed by the condition.
+
+    m = sum_ik w_ik(c) log p_i(k | x) + bias over the classes k of each attribute i. If the condition says which class k_i each
+    attribute has, w_ik = [k = k_i] makes m the log-likelihood of the condition, so w(c) is all there is to learn (a projection
+    discriminator: Miyato & Koyama 2018, arXiv 1802.05637).
 
     Args:
         channels: of the features.
+        classes: how many classes each attribute has.
         condition: as `NoiseLevelEmbedding` has it.
-        norm_num_groups: of the normalisation of the features.
+        norm_num_groups: of the classifier's heads.
     """
 
-    def __init__(self, channels: int, condition: dict[str, int], norm_num_groups: int = 32) -> None:
+    def __init__(self, channels: int, classes: list[int], condition: dict[str, int], norm_num_groups: int) -> None:
         super().__init__()
-        width = 2 * channels
-        self.features = PooledHead(channels, width, norm_num_groups=norm_num_groups)
-        self.condition = condition_embedding(condition, width)
+        heads = [PooledHead(channels, count, norm_num_groups=norm_num_groups) for count in classes]
+        self.heads = nn.ModuleList(heads).requires_grad_(False)
+        self.weights = condition_embedding(condition, sum(classes))
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
-        return self.features(h) @ embed_condition(self.condition, condition).T / 4 + self.bias
+        read = torch.cat([head(h).log_softmax(1) for head in self.heads], dim=1)
+        return read @ embed_condition(self.weights, condition).T + self.bias
 
 
 def matching_loss(pairs: Tensor) -> Tensor:

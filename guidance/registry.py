@@ -276,6 +276,7 @@ def _discriminator(
     w2: float | None = None,
     low: float | None = None,
     high: float | None = None,
+    matching: float | None = None,
     boost: float | None = None,
 ) -> Guidance:
     """Builds `DiscriminatorGuidance`; what is None takes the preset's default."""
@@ -285,6 +286,8 @@ def _discriminator(
     if pipe is not None:
         discriminator.to(pipe.device)
     arguments: dict[str, Any] = {"window": (WINDOW[0] if low is None else low, WINDOW[1] if high is None else high)}
+    if matching is not None:
+        arguments["matching"] = matching
     if boost is not None:
         arguments["boosting"] = Boosting(weight=boost)
     guidance = DiscriminatorGuidance.from_preset(preset, discriminator, scale=scale, **arguments)
@@ -351,6 +354,7 @@ _ENTRIES: dict[str, Entry] = {
             "w2": "weight in the second stage of second-order samplers",
             "low": "lowest noise-to-signal ratio at which it acts",
             "high": "highest noise-to-signal ratio at which it acts",
+            "matching": "how strongly a sample is held to its prompt or class, where the discriminator knows it; 0 is pure",
             "boost": "weight, on every other step, of samples that it takes for generated (2 in the paper)",
         },
         _discriminator,

@@ -94,7 +94,7 @@ def measure(
 
 @zoo.command()
 def train(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="autoencoder, digits, digits-classifier or digits-judge.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="digits, digits-classifier, digits-discriminator, ...")],
     out: Annotated[Path, typer.Option(help="Folder for the weights and for training/ (checkpoint and log).")],
     steps: Annotated[int | None, typer.Option(help="Length of the run.", show_default="that of the embedded model", min=1)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")] = False,
@@ -137,9 +137,13 @@ def train(
 
 
 def _train(name: str, folder: Path, **arguments: Any) -> None:
-    from genkit.zoo.training import autoencoder, classifier, digits
+    from genkit.zoo.training import autoencoder, classifier, digits, discriminator, noisy_classifier
 
-    if name == "autoencoder":
+    if name == "digits-noisy-classifier":
+        noisy_classifier.train(folder, **arguments)
+    elif name == "digits-discriminator":
+        discriminator.train(folder, **arguments)
+    elif name == "autoencoder":
         autoencoder.train(folder, **arguments)
     elif name == "digits":
         digits.train(folder, **arguments)

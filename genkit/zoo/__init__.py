@@ -18,6 +18,8 @@ TRAINABLE = {
     "autoencoder": "the autoencoder of `digits` alone: 32 x 32 RGB to 8 x 8 x 4",
     "digits": "text-to-image latent diffusion of coloured handwritten digits, 32 x 32",
     "digits-classifier": "classifier of digit, ink and paper; the one that guides",
+    "digits-noisy-classifier": "classifier of noisy latents of `digits`: digit, ink and paper at every noise level",
+    "digits-discriminator": "tells noisy real latents from those of samples of `digits`; it corrects them (10 and 30 steps)",
     "digits-judge": "independent classifier of digit, ink and paper; only ever measures",
 }
 

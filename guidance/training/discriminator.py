@@ -271,10 +271,14 @@ def _build(pipe: GuidedPipeline, data: _Data, config: DiscriminatorConfig) -> Di
     torch.manual_seed(config.train.seed)
     model = Discriminator(
         tuple(data.training.real.shape[1:]), config.head, None if classifier is None else dict(classifier.config.encoder),
-        condition, origin(pipe.host, samples=how),
+        condition, None if classifier is None else [len(names) for names in classifier.config.labels.values()], origin(pipe.host,
+        samples=how),
     )  # fmt: skip
     if classifier is not None:
         model.extractor.load_state_dict(classifier.trunk.state_dict())
+        if model.match is not None:
+            for own, head in zip(model.match.heads, classifier.heads.values(), strict=True):
+                own.load_state_dict(head.state_dict())
     return model
 
 

@@ -82,3 +82,45 @@ def test_tokenizer_keeps_words_whole_and_takes_any_text():
     assert len(ids) == 32
     assert tokenizer.unk_token_id == tokenizer.eos_token_id
     assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == text.lower().replace(" ", "")
+
+
+def test_the_best_by_validation_is_kept_and_patience_ends_the_run(tmp_path):
+    """Validation rewards weights near 1 and gets worse from there: the run stops early, and gives back the best."""
+    seen = []
+
+    def validate(model):
+        seen.append(model.weight.clone())
+        return {"loss": (len(seen) - 3) ** 2, "other": 1.0}
+
+    torch.manual_seed(0)
+    config = TrainConfig(steps=500, batch_size=16, lr=0.05, validate_every=10, patience=2, bf16=False, ema_decay=0)
+    model = fit(nn.Linear(3, 1), regression, config, tmp_path, name="test", validate=validate)
+    assert len(seen) == 5  # best at the third, then two without a better one
+    assert torch.equal(model.weight, seen[2])
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["validation"] == {"loss": 4, "other": 1}
+    again = fit(nn.Linear(3, 1), regression, config, tmp_path, name="test", validate=validate, resume=True)
+    assert torch.equal(again.weight, seen[2])
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"validate_every": 0}, "validate_every=0"), ({"patience": -1}, "patience=-1"), ({"ema_decay": 1.0}, "ema_decay=1.0")],
+)
+def test_bad_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(steps=1, **arguments)
+
+
+def test_noisy_classifier_and_discriminator_scripts(tmp_path):
+    from genkit.guidance import load_discriminator, load_noisy_classifier
+    from genkit.levels import Level
+    from genkit.zoo.training import discriminator, noisy_classifier
+
+    noisy_classifier.train(tmp_path / "c", steps=2, pool=32)
+    classifier = load_noisy_classifier(tmp_path / "c")
+    assert classifier(torch.zeros(2, 4, 8, 8), Level(1.0, 0.5, 0)).shape == (2, 10)
+    assert classifier.config.trained_on["name"] == "digits"
+    discriminator.train(tmp_path / "d", steps=2, count=20)
+    assert load_discriminator(tmp_path / "d").config.trained_on["samples"]["steps"] == [10, 30]

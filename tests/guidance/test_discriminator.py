@@ -12,7 +12,7 @@ from torch import nn
 from genkit.denoisers import Cond
 from genkit.denoisers.analytic import GaussianDenoiser
 from genkit.guidance import DiscriminatorGuidance, NoisyClassifier, NoisyClassifierGuidance, State, load_noisy_classifier
-from genkit.guidance.discriminator import ADM, Boosting, Discriminator, bce, load_discriminator
+from genkit.guidance.discriminator import ADM, Boosting, Discriminator, bce, load_discriminator, matching_loss
 from genkit.guidance.networks import SIGMA_MAX, SIGMA_MIN, random_levels
 from genkit.guidance.origin import origin, require_same
 from genkit.levels import Level
@@ -353,3 +353,44 @@ def test_energies_on_one_trunk_evaluate_it_once(tmp_path):
     hook.remove()
     apart = pipe("a", guidance=parts[1] + parts[0], **arguments).images
     torch.testing.assert_close(both, apart, rtol=1e-5, atol=1e-5)
+
+
+# Matching: what goes with which condition
+
+
+def test_matching_loss_finds_the_pointwise_mutual_information():
+    joint = torch.tensor([[0.30, 0.05, 0.05], [0.05, 0.20, 0.05], [0.02, 0.08, 0.20]])
+    expected = (joint / (joint.sum(1, keepdim=True) * joint.sum(0))).log()
+    table = torch.zeros(3, 3, requires_grad=True)
+    optimizer = torch.optim.Adam([table], lr=0.05)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 400)
+        pairs = torch.multinomial(joint.flatten(), 256, replacement=True, generator=generator)
+        x, c = pairs // 3, pairs % 3
+        optimizer.zero_grad()
+        matching_loss(table[x][:, c]).backward()
+        optimizer.step()
+    torch.testing.assert_close(table.detach(), expected, rtol=0, atol=0.12)
+
+
+def test_matching_holds_samples_to_their_condition():
+    torch.manual_seed(0)
+    condition = {"name": "class_labels", "num_classes": 3}
+    model = Discriminator((2, 8, 8), HEAD, extractor_config=HEAD, condition=condition, classes=[3]).eval()
+    x, level, cond = torch.randn(2, 2, 8, 8), Level(1.0, 0.5, 0.0), Cond({"class_labels": torch.tensor([0, 2])})
+    pairs = model.matching_pairs(x, level, cond)
+    assert pairs.shape == (2, 2)
+    torch.testing.assert_close(model.matching(x, level, cond), pairs.diagonal())
+    state = State(x, level, [level], cond)
+    prediction = GaussianDenoiser(0.0, 1.0)(x, level)
+    plain, held, more = (DiscriminatorGuidance(model, matching=kappa).shift(state, prediction) for kappa in (0.0, 1.0, 2.0))
+    torch.testing.assert_close(more - held, held - plain, rtol=1e-4, atol=1e-6)  # U = L + kappa m
+    assert (held - plain).abs().max() > 1e-6
+    assert DiscriminatorGuidance(model).matching == 1
+    assert DiscriminatorGuidance.from_preset("paper", model).matching == 0
+    ignorant = Discriminator((2, 8, 8), HEAD, condition=condition)
+    with pytest.raises(ValueError, match="knows nothing of conditions"):
+        ignorant.matching(x, level, cond)
+    with pytest.raises(ValueError, match=r"matching=1\.0 must be finite, and 0 for a discriminator that knows no conditions"):
+        DiscriminatorGuidance(ignorant, matching=1.0)

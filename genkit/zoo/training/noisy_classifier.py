@@ -21,7 +21,7 @@ from genkit.guidance.networks import random_levels
 from genkit.guidance.noisy_classifier import NoisyClassifier
 from genkit.training import TrainConfig, fit
 
-CONFIG = TrainConfig(steps=4000, batch_size=128, lr=1.5e-3, seed=41)
+CONFIG = TrainConfig(steps=3000, batch_size=128, lr=1.5e-3, seed=41)
 ENCODER = {
     "block_out_channels": (48, 64),
     "layers_per_block": 1,
