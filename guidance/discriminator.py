@@ -46,7 +46,7 @@ from genkit.prediction import Prediction
 
 # The paper's window, tau in [0.01, 1] of its linear schedule, as noise-to-signal ratios.
 WINDOW = (0.0446877, 152.167)
-MATCHING = 1.0
+MATCHING = 0.5
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"weights": (2.0, 0.0), "reuse": False, "clip": 1e-5, "matching": 0.0},
@@ -256,7 +256,7 @@ class DiscriminatorGuidance(EnergyGuidance):
         window: noise-to-signal ratios between which it acts; each sample by its own. The paper's by default.
         clip: clip the sigmoid at this distance from 0 and 1, as the reference code does; None uses the raw logit.
         matching: kappa, how strongly a sample is held to its condition; 0 for a discriminator that knows no conditions, else
-            1 by default.
+            0.5 by default.
         boosting: extra weight where the log-ratio is below 0.
 
     Raises:

@@ -27,7 +27,6 @@ from genkit.guidance.discriminator import Discriminator, bce, matching_loss
 from genkit.guidance.networks import SIGMA_MAX, SIGMA_MIN, random_levels
 from genkit.guidance.noisy_classifier import load_noisy_classifier
 from genkit.guidance.origin import origin
-from genkit.guidance.shared import sharing
 from genkit.levels import Level
 from genkit.pipelines import GuidedPipeline
 from genkit.ranks import Ranks
@@ -35,6 +34,7 @@ from genkit.training import TrainConfig, fit
 
 VALIDATION_RATIOS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # noise-to-signal ratios at which the validation loss is reported
 SHARD = 200  # samples in a file of the cache
+MATCHING = TrainConfig(steps=4500, batch_size=192, lr=4e-3, warmup=50, weight_decay=0.0, ema_decay=0.995, seed=52)
 TRAIN = TrainConfig(steps=3500, batch_size=192, lr=1e-3, validate_every=100, patience=8, seed=51)
 
 
@@ -51,6 +51,7 @@ class DiscriminatorConfig:
         conditional: whether the head sees the model's condition, where it has one.
         sigmas: noise-to-signal ratios between which levels are drawn, log-uniformly; the paper's by default.
         held_out: fraction of the real images, and of the generated ones, that validates.
+        matching: the loop that first learns what goes with which condition, from real samples alone; a few small layers.
         train: the training loop. Early stopping is on the validation loss: more epochs hurt (spec of the released code).
 
     Raises:
@@ -69,6 +70,7 @@ class DiscriminatorConfig:
     conditional: bool = True
     sigmas: tuple[float, float] = (SIGMA_MIN, SIGMA_MAX)
     held_out: float = 0.1
+    matching: TrainConfig = dataclasses.field(default_factory=lambda: MATCHING)
     train: TrainConfig = dataclasses.field(default_factory=lambda: TRAIN)
 
     def __post_init__(self) -> None:
@@ -116,6 +118,9 @@ def train_discriminator(
     ranks.wait()
     data = _Data(pool, config)
     model = _build(pipe, data, config)
+
+    if model.match is not None:
+        _learn_matching(model, data, config, work / "matching", resume, ranks)
 
     def loss(model: Any, generator: torch.Generator, step: int) -> Tensor:
         return _loss(model, data.training, config.train.batch_size // 2 or 1, config.sigmas, generator, data.device)
@@ -282,6 +287,25 @@ def _build(pipe: GuidedPipeline, data: _Data, config: DiscriminatorConfig) -> Di
     return model
 
 
+def _learn_matching(
+    model: Discriminator, data: _Data, config: DiscriminatorConfig, folder: Path, resume: bool, ranks: Ranks
+) -> None:
+    """Train `model.match` on real samples and their conditions; it is frozen afterwards, as the extractor is."""
+    real, values = data.training.real, data.training.real_cond
+    extractor = model.extractor.to(data.device)
+
+    def loss(match: Any, generator: torch.Generator, step: int) -> Tensor:
+        rows = torch.randint(len(real), (config.matching.batch_size,), generator=generator)
+        level = random_levels(len(rows), generator, *config.sigmas)
+        x = level.diffuse(real[rows], torch.randn(real[rows].shape, generator=generator)).to(data.device)
+        with torch.no_grad():
+            h = extractor(x, level)
+        return matching_loss(match(h, values[rows].to(data.device)))
+
+    trained = fit(model.match, loss, config.matching, folder, name="matching", resume=resume, device=str(data.device), ranks=ranks)
+    model.match = trained.requires_grad_(False)
+
+
 def _loss(model: Any, half: _Half, count: int, sigmas: tuple[float, float], generator: torch.Generator, device: Any) -> Tensor:
     """The loss of `count` real and `count` generated samples, each at its own level."""
     level = random_levels(count, generator, *sigmas)
@@ -292,12 +316,7 @@ def _loss(model: Any, half: _Half, count: int, sigmas: tuple[float, float], gene
         noisy.append(level.diffuse(x0, torch.randn(x0.shape, generator=generator)).to(device))
         conds.append(None if values is None else values[rows])
     own = [_cond(model, values, device) for values in conds]
-    with sharing():
-        loss = bce(model, noisy[0], noisy[1], level, (own[0], own[1]))
-        if model.match is not None:
-            # The two terms train different weights, so they need no balance.
-            loss = loss + matching_loss(model.matching_pairs(noisy[0], level, own[0]))
-    return loss
+    return bce(model, noisy[0], noisy[1], level, (own[0], own[1]))
 
 
 def _validate(model: Any, data: _Data) -> dict[str, float]:

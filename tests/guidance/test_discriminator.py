@@ -387,7 +387,7 @@ def test_matching_holds_samples_to_their_condition():
     plain, held, more = (DiscriminatorGuidance(model, matching=kappa).shift(state, prediction) for kappa in (0.0, 1.0, 2.0))
     torch.testing.assert_close(more - held, held - plain, rtol=1e-4, atol=1e-6)  # U = L + kappa m
     assert (held - plain).abs().max() > 1e-6
-    assert DiscriminatorGuidance(model).matching == 1
+    assert DiscriminatorGuidance(model).matching == 0.5
     assert DiscriminatorGuidance.from_preset("paper", model).matching == 0
     ignorant = Discriminator((2, 8, 8), HEAD, condition=condition)
     with pytest.raises(ValueError, match="knows nothing of conditions"):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from genkit.cli.app import app
 from genkit.data.source import open_source
-from genkit.guidance import DiscriminatorGuidance, load_discriminator
+from genkit.guidance import DiscriminatorGuidance, NoisyClassifier, load_discriminator
 from genkit.guidance.training import DiscriminatorConfig, train_discriminator
 from genkit.pipelines import GuidedPipeline
 from genkit.training import TrainConfig
@@ -25,7 +25,7 @@ from tests import tiny
 
 HEAD = {"block_out_channels": (8,), "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 4}
 TRAIN = TrainConfig(steps=4, batch_size=8, validate_every=2)
-QUICK = {"count": 20, "steps": (2,), "head": HEAD, "train": TRAIN}
+QUICK = {"count": 20, "steps": (2,), "head": HEAD, "train": TRAIN, "matching": TRAIN}
 LINE = ["--count", "20", "--steps", "2", "--extractor", "none", "--width", "8", "--updates", "4", "--batch", "8", "--quiet"]
 
 
@@ -64,6 +64,23 @@ def test_text_conditional(photos, tmp_path):
     arguments = {"seeds": [1], "num_inference_steps": 2, "output_type": "latent"}
     guided = pipe("a red seven", guidance=DiscriminatorGuidance(loaded), **arguments).images
     assert not torch.equal(guided, pipe("a red seven", **arguments).images)
+
+
+def test_learns_what_goes_with_which_prompt(photos, tmp_path):
+    """On a noisy classifier, whose trunk and heads are copied and stay as they are."""
+    torch.manual_seed(0)
+    classifier = NoisyClassifier({"color": ["red", "blue"]}, (4, 8, 8), HEAD)
+    classifier.save_pretrained(tmp_path / "c")
+    source = open_source(photos, 20)
+    pipe, _ = train(tmp_path / "d", source, extractor=str(tmp_path / "c"), sigmas=(0.001, 0.01))
+    loaded = load_discriminator(tmp_path / "d")
+    for name, value in classifier.trunk.state_dict().items():
+        torch.testing.assert_close(loaded.extractor.state_dict()[name], value, rtol=1e-3, atol=1e-4)  # saved in half precision
+    assert DiscriminatorGuidance(loaded).matching > 0
+    assert (tmp_path / "d" / "training" / "matching" / "checkpoint.pt").exists()
+    arguments = {"seeds": [1], "num_inference_steps": 2, "output_type": "latent"}
+    one, other = (pipe("a red seven", guidance=DiscriminatorGuidance(loaded, matching=k), **arguments).images for k in (0.0, 5.0))
+    assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize(("family", "name"), [("dit", "class_labels"), ("ddpm", None)])

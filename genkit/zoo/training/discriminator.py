@@ -21,5 +21,6 @@ def train(folder: Path, *, steps: int | None = None, resume: bool = False, devic
     """
     config = CONFIG if count is None else dataclasses.replace(CONFIG, count=count)
     if steps is not None:
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+        shorter = {name: dataclasses.replace(getattr(config, name), steps=steps) for name in ("matching", "train")}
+        config = dataclasses.replace(config, **shorter)
     train_discriminator(load("digits", device=device), open_source("digits", config.count), folder, config, resume=resume)
