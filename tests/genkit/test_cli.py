@@ -117,12 +117,14 @@ class TestZoo:
         assert "genkit zoo train" in run("zoo", "list").stdout
 
     def test_train_calls_the_script(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from genkit.zoo.training import autoencoder, classifier, digits
+        from genkit.zoo.training import autoencoder, classifier, digits, discriminator, noisy_classifier
 
         calls = []
         monkeypatch.setattr(digits, "train", lambda *a, **k: calls.append(("digits", a, k)))
         monkeypatch.setattr(autoencoder, "train", lambda *a, **k: calls.append(("autoencoder", a, k)))
         monkeypatch.setattr(classifier, "train", lambda *a, **k: calls.append(("classifier", a, k)))
+        monkeypatch.setattr(noisy_classifier, "train", lambda *a, **k: calls.append(("noisy_classifier", a, k)))
+        monkeypatch.setattr(discriminator, "train", lambda *a, **k: calls.append(("discriminator", a, k)))
         for name in zoo.TRAINABLE:
             assert run("zoo", "train", name, "--out", tmp_path / name, "--steps", 3, "--resume", "--device", "cpu").exit_code == 0
         arguments = {"steps": 3, "resume": True, "device": "cpu"}
@@ -130,6 +132,8 @@ class TestZoo:
             ("autoencoder", (tmp_path / "autoencoder",), arguments),
             ("digits", (tmp_path / "digits",), arguments),
             ("classifier", ("digits-classifier", tmp_path / "digits-classifier"), arguments),
+            ("noisy_classifier", (tmp_path / "digits-noisy-classifier",), arguments),
+            ("discriminator", (tmp_path / "digits-discriminator",), arguments),
             ("classifier", ("digits-judge", tmp_path / "digits-judge"), arguments),
         ]
 
