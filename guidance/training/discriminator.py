@@ -291,7 +291,9 @@ def _learn_matching(
     model: Discriminator, data: _Data, config: DiscriminatorConfig, folder: Path, resume: bool, ranks: Ranks
 ) -> None:
     """Train `model.match` on real samples and their conditions; it is frozen afterwards, as the extractor is."""
-    real, values = data.training.real, data.training.real_cond
+    real, conditions = data.training.real, data.training.real_cond
+    # A discriminator has the part to train only if it has both of these.
+    assert model.extractor is not None and model.match is not None and conditions is not None
     extractor = model.extractor.to(data.device)
 
     def loss(match: Any, generator: torch.Generator, step: int) -> Tensor:
@@ -300,7 +302,7 @@ def _learn_matching(
         x = level.diffuse(real[rows], torch.randn(real[rows].shape, generator=generator)).to(data.device)
         with torch.no_grad():
             h = extractor(x, level)
-        return matching_loss(match(h, values[rows].to(data.device)))
+        return matching_loss(match(h, conditions[rows].to(data.device)))
 
     trained = fit(model.match, loss, config.matching, folder, name="matching", resume=resume, device=str(data.device), ranks=ranks)
     model.match = trained.requires_grad_(False)
