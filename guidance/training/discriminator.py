@@ -293,7 +293,9 @@ def _learn_matching(
     """Train `model.match` on real samples and their conditions; it is frozen afterwards, as the extractor is."""
     real, conditions = data.training.real, data.training.real_cond
     # A discriminator has the part to train only if it has both of these.
-    assert model.extractor is not None and model.match is not None and conditions is not None
+    assert model.extractor is not None
+    assert model.match is not None
+    assert conditions is not None
     extractor = model.extractor.to(data.device)
 
     def loss(match: Any, generator: torch.Generator, step: int) -> Tensor:
