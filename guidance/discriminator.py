@@ -34,11 +34,18 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from genkit import zoo
-from genkit.checkpoints import check_folder
 from genkit.guidance.base import State
 from genkit.guidance.energy import EnergyGuidance
-from genkit.guidance.networks import NoisyEncoder, PooledHead, condition_embedding, coordinates, embed_condition, interned
+from genkit.guidance.networks import (
+    NoisyEncoder,
+    PooledHead,
+    condition_embedding,
+    coordinates,
+    embed_condition,
+    interned,
+    load_network,
+    require_shape,
+)
 from genkit.guidance.origin import require_same
 from genkit.guidance.shared import shared
 from genkit.levels import Level
@@ -101,13 +108,8 @@ class Discriminator(ModelMixin, ConfigMixin):
         Raises:
             ValueError: samples of another shape, or a condition that lacks what this discriminator needs.
         """
-        expected = tuple(self.config.sample_shape)
-        if tuple(x.shape[1:]) != expected:
-            raise ValueError(
-                f"The discriminator was trained on samples {expected}, but these are {tuple(x.shape[1:])}. "
-                "Use it with the model and the size that it was trained for."
-            )
-        h, condition = self._features(x, level), self._condition(cond, len(x))
+        require_shape(x, self, "discriminator")
+        h, condition = self._features(x, level), self._condition(cond)
         if self.extractor is None:
             return self.pool(self.head(x, level, condition))[:, 0]
         _, ratio = coordinates(x, level)
@@ -125,12 +127,12 @@ class Discriminator(ModelMixin, ConfigMixin):
         """m (B, B) of every sample with every condition of the batch."""
         if self.match is None:
             raise ValueError("This discriminator knows nothing of conditions. Train a conditional one on a noisy classifier.")
-        return self.match(self._features(x, level), self._condition(cond, len(x)))
+        return self.match(self._features(x, level), self._condition(cond))
 
     def _features(self, x: Tensor, level: Level) -> Tensor:
         return x if self.extractor is None else shared(self.extractor, x, level)
 
-    def _condition(self, cond: Any, count: int) -> Tensor | None:
+    def _condition(self, cond: Any) -> Tensor | None:
         wanted = self.config.condition
         if wanted is None:
             return None
@@ -214,12 +216,7 @@ def load_discriminator(name: str | Path) -> Discriminator:
     Raises:
         ValueError: no such model, or the folder is damaged or holds another model.
     """
-    folder = Path(name) if Path(name).is_dir() and str(name) not in zoo.names() else zoo.path(str(name))
-    check_folder(folder)
-    kind = Discriminator.load_config(folder).get("_class_name")
-    if kind != Discriminator.__name__:
-        raise ValueError(f"{str(name)!r} holds a {kind}, which is no discriminator.")
-    discriminator = Discriminator.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    discriminator = load_network(Discriminator, name, "discriminator")
     if discriminator.extractor is not None:
         discriminator.extractor = interned(discriminator.extractor)
     return discriminator

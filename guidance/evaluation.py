@@ -54,6 +54,11 @@ def guided_output(guidance: Guidance, scheduler: Any, state: State, output: Tens
 
 
 def require_unmoved(guidance: Guidance, state: State, x: Tensor) -> None:
+    """Refuse a guidance that has moved `state.x` away from x, the sample that the denoiser has seen.
+
+    Raises:
+        ValueError: it has; names the guidance.
+    """
     if state.x is not x:
         raise ValueError(
             f"Guidance {guidance.name!r} evaluates the denoiser at another sample than the pipeline did. Use GuidedPipeline."

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from genkit import zoo
+from genkit.checkpoints import check_folder
 from genkit.levels import Level, broadcast
 
 # The noise-to-signal ratios of the paper's linear beta schedule (Kim et al. 2023, arXiv 2211.17091), times 1e-5 and 1.
@@ -97,7 +101,7 @@ class NoisyEncoder(nn.Module):
     ) -> None:
         super().__init__()
         width = block_out_channels[0]
-        self.embedding_channels = embedding = 4 * width
+        embedding = 4 * width
         self.level = NoiseLevelEmbedding(width, condition)
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         attention = [True] * len(block_out_channels) if attention is None else attention
@@ -154,6 +158,40 @@ class PooledHead(nn.Module):
         mean = tokens.mean(1, keepdim=True)
         pooled, _ = self.pool(mean, torch.cat([mean, tokens], dim=1), torch.cat([mean, tokens], dim=1), need_weights=False)
         return self.linear(pooled[:, 0])
+
+
+Network = TypeVar("Network", bound=ModelMixin)
+
+
+def load_network(kind: type[Network], name: str | Path, what: str) -> Network:
+    """A network of a class: an embedded one by name, or a folder. Float32, in eval mode, frozen.
+
+    Args:
+        what: the kind of network, for the message.
+
+    Raises:
+        ValueError: no such model, or the folder is damaged or holds another model.
+    """
+    folder = Path(name) if Path(name).is_dir() and str(name) not in zoo.names() else zoo.path(str(name))
+    check_folder(folder)
+    found = kind.load_config(folder).get("_class_name")
+    if found != kind.__name__:
+        raise ValueError(f"{str(name)!r} holds a {found}, which is no {what}.")
+    return kind.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def require_shape(x: Tensor, network: Any, what: str) -> None:
+    """Refuse samples of another shape than a network says that it was trained on.
+
+    Raises:
+        ValueError: names both shapes.
+    """
+    expected = getattr(getattr(network, "config", None), "sample_shape", None)
+    if expected is not None and tuple(x.shape[1:]) != tuple(expected):
+        raise ValueError(
+            f"The {what} was trained on samples {tuple(expected)}, but these are {tuple(x.shape[1:])}. "
+            "Use it with the model and the size that it was trained for."
+        )
 
 
 _interned: WeakValueDictionary[str, NoisyEncoder] = WeakValueDictionary()

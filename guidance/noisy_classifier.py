@@ -17,11 +17,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from genkit import zoo
-from genkit.checkpoints import check_folder
 from genkit.guidance.classifier import Target, resolve_target
 from genkit.guidance.energy import EnergyGuidance
-from genkit.guidance.networks import NoisyEncoder, PooledHead, interned
+from genkit.guidance.networks import NoisyEncoder, PooledHead, interned, load_network, require_shape
 from genkit.guidance.shared import shared
 from genkit.levels import Level
 
@@ -94,12 +92,7 @@ class NoisyClassifierGuidance(EnergyGuidance):
         """log p(y | x), (B,)."""
         if len(self.target) not in (1, len(x)):
             raise ValueError(f"There are {len(self.target)} targets for {len(x)} samples. Give one, or one for each.")
-        expected = getattr(getattr(self.classifier, "config", None), "sample_shape", None)
-        if expected is not None and tuple(x.shape[1:]) != tuple(expected):
-            raise ValueError(
-                f"The noisy classifier was trained on samples {tuple(expected)}, but these are {tuple(x.shape[1:])}. "
-                "Use it with the model that it was trained for."
-            )
+        require_shape(x, self.classifier, "noisy classifier")
         logits = self.classifier(x, level) if self.attribute is None else self.classifier(x, level, self.attribute)
         target = self.target.to(logits.device).expand(len(x))
         return -F.cross_entropy(logits.to(torch.promote_types(x.dtype, torch.float32)), target, reduction="none").to(x.dtype)
@@ -111,11 +104,6 @@ def load_noisy_classifier(name: str | Path) -> NoisyClassifier:
     Raises:
         ValueError: no such model, or the folder is damaged or holds another model.
     """
-    folder = Path(name) if Path(name).is_dir() and str(name) not in zoo.names() else zoo.path(str(name))
-    check_folder(folder)
-    kind = NoisyClassifier.load_config(folder).get("_class_name")
-    if kind != NoisyClassifier.__name__:
-        raise ValueError(f"{str(name)!r} holds a {kind}, which is no noisy classifier.")
-    classifier = NoisyClassifier.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    classifier = load_network(NoisyClassifier, name, "noisy classifier")
     classifier.trunk = interned(classifier.trunk)
     return classifier

@@ -280,7 +280,7 @@ def _discriminator(
     boost: float | None = None,
 ) -> Guidance:
     """Builds `DiscriminatorGuidance`; what is None takes the preset's default."""
-    from genkit.guidance.discriminator import WINDOW, Boosting, DiscriminatorGuidance, load_discriminator
+    from genkit.guidance.discriminator import PRESETS, WINDOW, Boosting, DiscriminatorGuidance, load_discriminator
 
     discriminator = load_discriminator(model)
     if pipe is not None:
@@ -290,11 +290,10 @@ def _discriminator(
         arguments["matching"] = matching
     if boost is not None:
         arguments["boosting"] = Boosting(weight=boost)
-    guidance = DiscriminatorGuidance.from_preset(preset, discriminator, scale=scale, **arguments)
-    if w1 is None and w2 is None:
-        return guidance
-    weights = (guidance.weights[0] if w1 is None else w1, guidance.weights[1] if w2 is None else w2)
-    return DiscriminatorGuidance.from_preset(preset, discriminator, scale=scale, **arguments, weights=weights)
+    if w1 is not None or w2 is not None:
+        own = PRESETS.get(preset, {}).get("weights", (1.0, 1.0))
+        arguments["weights"] = (own[0] if w1 is None else w1, own[1] if w2 is None else w2)
+    return DiscriminatorGuidance.from_preset(preset, discriminator, scale=scale, **arguments)
 
 
 def _noisy_classifier(

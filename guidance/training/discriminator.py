@@ -276,8 +276,8 @@ def _build(pipe: GuidedPipeline, data: _Data, config: DiscriminatorConfig) -> Di
     torch.manual_seed(config.train.seed)
     model = Discriminator(
         tuple(data.training.real.shape[1:]), config.head, None if classifier is None else dict(classifier.config.encoder),
-        condition, None if classifier is None else [len(names) for names in classifier.config.labels.values()], origin(pipe.host,
-        samples=how),
+        condition, None if classifier is None else [len(names) for names in classifier.config.labels.values()],
+        origin(pipe.host, samples=how),
     )  # fmt: skip
     if classifier is not None:
         model.extractor.load_state_dict(classifier.trunk.state_dict())
@@ -318,9 +318,8 @@ def _loss(model: Any, half: _Half, count: int, sigmas: tuple[float, float], gene
         rows = torch.randint(len(samples), (count,), generator=generator)
         x0 = samples[rows]
         noisy.append(level.diffuse(x0, torch.randn(x0.shape, generator=generator)).to(device))
-        conds.append(None if values is None else values[rows])
-    own = [_cond(model, values, device) for values in conds]
-    return bce(model, noisy[0], noisy[1], level, (own[0], own[1]))
+        conds.append(_cond(model, None if values is None else values[rows], device))
+    return bce(model, noisy[0], noisy[1], level, (conds[0], conds[1]))
 
 
 def _validate(model: Any, data: _Data) -> dict[str, float]:
