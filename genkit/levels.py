@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from genkit import _host
@@ -45,6 +47,21 @@ class Level:
         """sqrt(alpha^2 + sigma^2): x / norm is the variance-preserving variable."""
         square = self.alpha**2 + self.sigma**2
         return square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)
+
+    @property
+    def log_snr(self) -> float | Tensor:
+        """lambda = ln(alpha^2 / sigma^2)."""
+        if isinstance(self.alpha, Tensor) or isinstance(self.sigma, Tensor):
+            return 2 * (torch.as_tensor(self.alpha).log() - torch.as_tensor(self.sigma).log())
+        return 2 * math.log(self.alpha / self.sigma)
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> Level:
+        """Some of the levels of a batch; a number belongs to every row."""
+
+        def pick(value: float | Tensor) -> float | Tensor:
+            return value[rows] if isinstance(value, Tensor) and value.ndim else value
+
+        return dataclasses.replace(self, alpha=pick(self.alpha), sigma=pick(self.sigma), t=pick(self.t))
 
     def diffuse(self, x0: Tensor, eps: Tensor) -> Tensor:
         """alpha * x0 + sigma * eps, for x0 and eps of shape (B, ...)."""
@@ -85,6 +102,41 @@ def levels_of(scheduler: Any) -> list[Level]:
             alpha, sigma = abar.sqrt().item(), (1 - abar).sqrt().item()
         levels.append(Level(alpha, sigma, t, i, orders[i]))
     return levels
+
+
+def training_level(scheduler: Any, u: Tensor | Sequence[float]) -> Level:
+    """The levels (n,) at fractions u of the time that the network was trained on, whatever steps the scheduler is set to.
+
+    | schedule                 | level at u                                                                    |
+    |--------------------------|-------------------------------------------------------------------------------|
+    | variance preserving      | t = floor(u T), alpha = sqrt(abar[t]), sigma = sqrt(1 - abar[t]), T = 1000 mostly |
+    | flow matching            | sigma = u, alpha = 1 - u, t = u T: not shifted, which is a matter of sampling |
+    | EDM                      | sigma = sigma_min^(1 - u) sigma_max^u, alpha = 1                              |
+
+    A sigma-space scheduler (Euler, Heun, ...) gets variance-preserving levels too: the network is told the same.
+
+    Args:
+        u: from 0 (clean) up to but not including 1 (noise).
+
+    Raises:
+        ValueError: a fraction out of range, or a scheduler of no known family.
+
+    Example:
+        >>> level = training_level(pipe.scheduler, [0.1, 0.5])
+        >>> x = level.diffuse(x0, noise)       # x0 and noise (2, C, h, w)
+    """
+    u = torch.as_tensor(u, dtype=torch.float64)
+    if bool(((u < 0) | (u >= 1)).any()):
+        raise ValueError(f"Fractions of training time run from 0 up to, not including, 1; got {u.min():g} to {u.max():g}.")
+    config = scheduler.config
+    if _host.is_flow(scheduler) or config.get("use_flow_sigmas"):
+        return Level(1 - u, u, u * config.num_train_timesteps)
+    if _host.is_preconditioned(scheduler):
+        sigma = config.sigma_min ** (1 - u) * config.sigma_max**u
+        return Level(torch.ones_like(sigma), sigma, scheduler.precondition_noise(sigma))
+    abar = _host.alphas_cumprod(scheduler).detach().cpu().double()
+    t = (u * len(abar)).long()
+    return Level(abar[t].sqrt(), (1 - abar[t]).sqrt(), t)
 
 
 def kind_of(scheduler: Any) -> str:

@@ -1,9 +1,9 @@
 """Counter-based noise: (seed, stream) -> tensor, the same whatever the batch size, the order, the device or the process.
 
 Every picture has its own seed; every use of randomness within a picture (initial noise, the sampler's noise, a guidance's
-noise, noise to train on) its own stream. Of a seed, torch's CPU generator keeps the lowest 32 bits only (its Mersenne Twister is
-initialised from one word), so the pair is mixed to 32 bits by a bijection of the seed: the seeds below 2^32 all give different
-noise.
+noise, noise to train on or to score with) its own stream. Of a seed, torch's CPU generator keeps the lowest 32 bits only (its
+Mersenne Twister is initialised from one word), so the pair is mixed to 32 bits by a bijection of the seed: the seeds below 2^32
+all give different noise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-INITIAL, SAMPLER, GUIDANCE, TRAINING = range(4)  # streams
+INITIAL, SAMPLER, GUIDANCE, TRAINING, SCORING = range(5)  # streams
 _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
 
 

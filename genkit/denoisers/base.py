@@ -29,7 +29,7 @@ import dataclasses
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ from genkit import _host
 from genkit.latents import LatentCodec
 from genkit.levels import Level, broadcast, kind_of
 from genkit.prediction import Prediction
+
+if TYPE_CHECKING:
+    from genkit.scoring import Pairs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -230,6 +233,13 @@ class Denoiser(ABC):
         """The network's dtype."""
         return self.network.dtype
 
+    @property
+    def taps(self) -> list[str]:
+        """Names of the places in the network that `genkit.features` reads, in the order in which they run."""
+        from genkit.features.taps import taps_of
+
+        return list(taps_of(self.network))
+
     def encode(self, images: Tensor) -> Tensor:
         """Clean samples (B, c, h, w) of images (B, 3, H, W) in [-1, 1]; a pixel-space model's are the images."""
         return images if self.codec is None else self.codec.encode(images)
@@ -272,6 +282,25 @@ class Denoiser(ABC):
             raw = raw_null + guidance_scale * (raw_cond - raw_null)
             variance = None if variance is None else variance.chunk(2)[1]
         return Prediction(x, level, raw, self.kind, variance)
+
+    def losses(self, x0: Tensor, pairs: Pairs, cond: Cond, *, metric: str = "l2", batch_size: int = 128) -> Tensor:
+        """How well each condition explains each sample on each pair.
+
+        Args:
+            x0: clean samples (I, ...).
+            pairs: N pairs of level and noise, see `genkit.scoring.PairPlan`; all samples and conditions share them.
+            cond: K conditions.
+            metric: "l2", "l1" or "huber", of the error of eps, averaged over the values of a sample.
+
+        Returns:
+            (I, K, N) in float64, not weighted; lower is better.
+
+        Raises:
+            ValueError: an unknown metric.
+        """
+        from genkit.scoring.losses import grid_losses
+
+        return grid_losses(self, x0, pairs, cond, metric, batch_size)
 
     def _evaluate(self, x: Tensor, level: Level, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Scaled input, network, preconditioning; splits off a learned variance."""

@@ -1,0 +1,135 @@
+"""The queue between policies, which ask image by image, and the network, which works in batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genkit.denoisers.base import Cond
+from genkit.scoring.policy import Request, Search, SlopeRequest, Verdict
+
+if TYPE_CHECKING:
+    from genkit.scoring.scorer import Scorer
+
+
+@dataclasses.dataclass
+class _Running:
+    """A sample's search, and the part of its last request that has been answered."""
+
+    index: int
+    sample: Tensor
+    search: Search
+    request: Request | SlopeRequest | None = None
+    answer: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
+    missing: int = 0
+
+
+# A running search, where the answer goes, the row of the condition (none for a slope, which takes all), and the pair.
+_Item = tuple[_Running, int, int, int]
+
+
+class Queue:
+    """Items of all running searches, answered in batches in the order in which they were asked for.
+
+    Args:
+        arms: rows of `cond` that make each arm; the arm's loss is their mean.
+        progress: called with the number of evaluations after each batch.
+    """
+
+    def __init__(self, scorer: Scorer, cond: Cond, arms: list[list[int]], progress: Callable[[int], None] | None) -> None:
+        self.scorer, self.cond, self.arms, self.progress = scorer, cond, arms, progress
+        self.losses: deque[_Item] = deque()
+        self.slopes: deque[_Item] = deque()
+        self.finished: deque[tuple[int, Verdict]] = deque()
+
+    def drain(self, samples: Iterator[Tensor], begin: Callable[[Tensor], Search]) -> Iterator[tuple[int, Verdict]]:
+        """Search every sample; yields its number and verdict when it is decided. Samples are taken as batches need them."""
+        index, more = 0, True
+        while True:
+            # Twice a batch: what one batch decides must not leave the next one short.
+            while more and len(self.losses) + len(self.slopes) < 2 * self.scorer.batch_size:
+                sample = next(samples, None)
+                if sample is None:
+                    more = False
+                else:
+                    self._go_on(_Running(index, sample, begin(sample)), None)
+                    index += 1
+            if not self.losses and not self.slopes and not self.finished:
+                return
+            self._work()
+            while self.finished:
+                yield self.finished.popleft()
+
+    def _work(self) -> None:
+        """Answer one batch, of the kind that more items wait for."""
+        queue, answer = self.losses, self._answer_losses
+        if len(self.slopes) > len(self.losses):
+            queue, answer = self.slopes, self._answer_slopes
+        items = [queue.popleft() for _ in range(min(self.scorer.batch_size, len(queue)))]
+        if items:
+            answer(items)
+
+    def _answer_losses(self, items: list[_Item]) -> None:
+        rows, pairs = (np.array([item[k] for item in items]) for k in (2, 3))
+        values = self.scorer.losses(self._samples(items), self.cond, rows, pairs)
+        for (running, slot, row, pair), value in zip(items, values, strict=True):
+            if not np.isfinite(value):
+                raise FloatingPointError(
+                    f"The loss of sample {running.index} under condition {row} on pair {pair} is {value}. "
+                    "Use float32, or bfloat16 instead of float16."
+                )
+            running.answer[slot] += value
+        self._answered(items, len(items))
+
+    def _answer_slopes(self, items: list[_Item]) -> None:
+        pairs = np.array([item[3] for item in items])
+        weights = torch.zeros(len(items), len(self.cond))
+        rows = [[row for arm in running.request.arms for row in self.arms[arm]] for running, *_ in items if running.request]
+        for i, row in enumerate(rows):
+            weights[i, row] = 1 / len(row)
+        values = self.scorer.slopes(self._samples(items), self.cond, weights, pairs)
+        for (running, *_), value in zip(items, values, strict=True):
+            assert running.request is not None
+            running.answer += [value[self.arms[arm]].mean() for arm in running.request.arms]
+        self._answered(items, 2 * len(items))
+
+    def _answered(self, items: list[_Item], evaluations: int) -> None:
+        if self.progress is not None:
+            self.progress(evaluations)
+        for running, *_ in items:
+            running.missing -= 1
+            if running.missing == 0:
+                self._go_on(running, self._mean(running))
+
+    def _mean(self, running: _Running) -> np.ndarray:
+        """The answer as a mean: of an arm's rows, or of the pairs of a slope."""
+        if isinstance(running.request, SlopeRequest):
+            return running.answer / len(running.request.pairs)
+        assert running.request is not None
+        return running.answer / [len(self.arms[arm]) for arm in running.request.arms]
+
+    def _go_on(self, running: _Running, answer: np.ndarray | None) -> None:
+        """Give a search its answer and queue what it asks for next, or keep its verdict."""
+        try:
+            request = next(running.search) if answer is None else running.search.send(answer)
+        except StopIteration as stop:
+            self.finished.append((running.index, stop.value))
+            return
+        running.request, running.answer = request, np.zeros(len(request.arms))
+        if isinstance(request, SlopeRequest):
+            items = [(running, 0, 0, int(pair)) for pair in request.pairs]
+            self.slopes.extend(items)
+        else:
+            asked = zip(request.arms, request.pairs, strict=True)
+            items = [(running, slot, row, int(pair)) for slot, (arm, pair) in enumerate(asked) for row in self.arms[arm]]
+            self.losses.extend(items)
+        running.missing = len(items)
+
+    def _samples(self, items: list[_Item]) -> Tensor:
+        return torch.stack([running.sample for running, *_ in items]).to(self.scorer.denoiser.device)

@@ -1,0 +1,157 @@
+"""Scorer: runs policies on many images at once, over one queue.
+
+Policies ask for losses image by image, and for fewer and fewer as classes drop out. Their items (image, condition, pair) meet in a
+queue, from which batches are filled whatever image they come from, so elimination never starves the device. A loss depends on
+its item
+alone: results do not depend on the batch size, the order of images or classes, or the number of processes (to rounding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genkit.denoisers.base import Cond, Denoiser
+from genkit.denoisers.mixing import mixed
+from genkit.scoring.losses import check_metric, row_losses
+from genkit.scoring.plan import PairPlan, Pairs
+from genkit.scoring.policy import Policy, Search, Verdict
+from genkit.scoring.queue import Queue
+
+
+class Scorer:
+    """Scores samples under conditions.
+
+    Args:
+        denoiser: any adapter.
+        plan: which pairs.
+        metric: "l2", "l1" or "huber", of the error of eps. The published choices are l1 for CIFAR-10, STL-10, Pets and Flowers, l2
+            for the others.
+        batch_size: network evaluations at a time.
+        scheduler: whose noise schedule the pairs have; that of the denoiser's pipeline by default.
+        pad: fill every batch up to a power of two, for compiled networks and CUDA graphs; by default on anything but a CPU.
+
+    Raises:
+        ValueError: an unknown metric, or a batch size below 1.
+
+    Example:
+        >>> scorer = Scorer(Denoiser.of(pipe), PairPlan(count=64))
+        >>> cond = scorer.denoiser.condition(prompts=["a seven", "a two"])
+        >>> for image, verdict in scorer.run(scorer.denoiser.encode(images), cond, Race()):
+        ...     print(image, verdict.label, verdict.evaluations)
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        plan: PairPlan | None = None,
+        *,
+        metric: str = "l2",
+        batch_size: int = 128,
+        scheduler: Any = None,
+        pad: bool | None = None,
+    ) -> None:
+        check_metric(metric)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        self.denoiser, self.plan, self.metric, self.batch_size = denoiser, plan or PairPlan(), metric, batch_size
+        self.scheduler = denoiser.pipe.scheduler if scheduler is None else scheduler
+        self.pad = denoiser.device.type != "cpu" if pad is None else pad
+        self._pairs: Pairs | None = None
+        self._noise: dict[int, Tensor] = {}
+
+    def pairs(self, shape: Sequence[int]) -> Pairs:
+        """The plan's pairs for samples (..., *shape)."""
+        if self._pairs is None or self._pairs.shape != tuple(shape):
+            self._pairs, self._noise = self.plan.pairs(self.scheduler, shape), {}
+        return self._pairs
+
+    def table(self, x0: Tensor, cond: Cond) -> Tensor:
+        """Weighted losses (I, K, N) in float64 of I samples x0 (I, ...), K conditions and all N pairs."""
+        pairs = self.pairs(x0.shape[1:])
+        return self.denoiser.losses(x0, pairs, cond, metric=self.metric, batch_size=self.batch_size) * pairs.weight
+
+    def run(
+        self,
+        x0: Tensor | Iterable[Tensor],
+        cond: Cond,
+        policy: Policy,
+        *,
+        offsets: np.ndarray | None = None,
+        classes: Sequence[Sequence[int]] | None = None,
+        merge: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[int, Verdict]]:
+        """Find the best condition of each sample.
+
+        Args:
+            x0: clean samples (I, ...), or an iterable of samples (...) of one shape, taken as they are needed.
+            cond: K conditions.
+            policy: how to search.
+            offsets: added to the weighted loss of each arm (A,), for priors.
+            classes: the rows of `cond` of each class, where a class has several; one each by default.
+            merge: an arm is a class, whose loss is the mean over its rows; else every row is an arm, and the search ends when the
+                arms left are of one class.
+            progress: called with the number of network evaluations after each batch.
+
+        Yields:
+            (number of the sample, verdict), in the order in which they are decided.
+
+        Raises:
+            FloatingPointError: a loss is NaN or infinite; names sample, condition and timestep.
+        """
+        rows = [[k] for k in range(len(cond))] if classes is None else [list(c) for c in classes]
+        arms = rows if merge else [[k] for row in rows for k in row]
+        groups = None if merge or classes is None else np.array([c for c, row in enumerate(rows) for _ in row])
+        costs = np.array([len(row) for row in arms])
+        queue = Queue(self, cond, arms, progress)
+
+        def begin(sample: Tensor) -> Search:
+            return policy.search(len(arms), self.pairs(sample.shape).u, offsets=offsets, groups=groups, costs=costs)
+
+        return queue.drain(iter(x0), begin)
+
+    def losses(self, x0: Tensor, cond: Cond, rows: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        """Weighted losses (n,) of samples x0 (n, ...) under rows (n,) of `cond`, on pairs (n,)."""
+        with torch.no_grad():
+            index = torch.as_tensor(self._padded(rows), device=self.denoiser.device)
+            condition = Cond({k: v[index] for k, v in cond.tensors.items()})
+            values = row_losses(self.denoiser, *self._inputs(x0, self._padded(pairs)), condition, self.metric)
+        return self._weighted(values[: len(rows)], pairs)
+
+    def slopes(self, x0: Tensor, cond: Cond, weights: Tensor, pairs: np.ndarray) -> np.ndarray:
+        """Derivatives (n, K) of the weighted losses in the weights (n, K) of a mixed condition."""
+        with torch.enable_grad():
+            weights = weights.to(self.denoiser.device).requires_grad_(True)
+            with mixed(self.denoiser, cond, weights) as condition:
+                values = row_losses(self.denoiser, *self._inputs(x0, pairs), condition, self.metric)
+                (gradient,) = torch.autograd.grad(values.sum(), weights)
+        return gradient.double().cpu().numpy() * self._pair_weights(pairs)[:, None]
+
+    def _inputs(self, x0: Tensor, pairs: np.ndarray) -> tuple[Tensor, ...]:
+        """x0, level and eps of a batch, padded to the length of `pairs`."""
+        plan = self.pairs(x0.shape[1:])
+        missing = [i for i in dict.fromkeys(pairs.tolist()) if i not in self._noise]
+        if missing:
+            self._noise |= dict(zip(missing, plan.noise(missing), strict=True))
+        eps = torch.stack([self._noise[i] for i in pairs.tolist()]).to(x0)
+        x0 = torch.cat([x0, x0[-1:].expand(len(pairs) - len(x0), *x0.shape[1:])]) if len(pairs) > len(x0) else x0
+        return x0, plan.level[torch.from_numpy(pairs)], eps  # type: ignore[return-value]
+
+    def _padded(self, values: np.ndarray) -> np.ndarray:
+        """The values, the last one repeated up to the next power of two, or up to the batch size."""
+        if not self.pad:
+            return values
+        size = min(1 << (len(values) - 1).bit_length(), max(self.batch_size, len(values)))
+        return np.pad(values, (0, size - len(values)), "edge")
+
+    def _pair_weights(self, pairs: np.ndarray) -> np.ndarray:
+        assert self._pairs is not None
+        return self._pairs.weight.numpy()[pairs]
+
+    def _weighted(self, values: Tensor, pairs: np.ndarray) -> np.ndarray:
+        return values.cpu().numpy() * self._pair_weights(pairs)
