@@ -79,6 +79,14 @@ class Ranks:
 
             PartialState().wait_for_everyone()
 
+    def gather(self, items: Sequence[T]) -> list[T]:
+        """The items of all processes, in the order of the processes; after `join`. Anything that can be pickled."""
+        if self.world == 1:
+            return list(items)
+        from accelerate.utils import gather_object
+
+        return gather_object(list(items))
+
     def leave(self) -> None:
         """End the meeting, so that the launcher sees a clean exit."""
         if self.world > 1:

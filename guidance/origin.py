@@ -36,13 +36,14 @@ def origin(pipe: Any, **how: Any) -> dict[str, Any]:
     }
 
 
-def require_same(record: dict[str, Any] | None, pipe: Any, what: str) -> None:
+def require_same(record: dict[str, Any] | None, pipe: Any, what: str, train: str = "discriminator") -> None:
     """Refuse a network in a pipeline other than the one that it was trained for; one without a record passes.
 
     Args:
         record: of the network.
-        pipe: the diffusers pipeline that it will steer.
+        pipe: the diffusers pipeline that it will steer or read.
         what: the network, for the message.
+        train: the command that trains one, after `genkit train`.
 
     Raises:
         ValueError: another model, latent space or noise schedule; the message names both.
@@ -54,7 +55,7 @@ def require_same(record: dict[str, Any] | None, pipe: Any, what: str) -> None:
         if not _same(record[part], here[part]):
             raise ValueError(
                 f"The {what} was trained on {record['name']!r}, but this pipeline is {here['name']!r}, which has another {name}. "
-                "Train one for it: genkit train discriminator --model MODEL."
+                f"Train one for it: genkit train {train} --model MODEL."
             )
 
 

@@ -2,4 +2,10 @@
 
 from genkit._lazy import lazy_exports
 
-__getattr__, __dir__, __all__ = lazy_exports(__name__, {"guided": ["GuidedPipeline", "GuidedPipelineOutput"]})
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "guided": ["GuidedPipeline", "GuidedPipelineOutput"],
+        "classifier": ["Classification", "DiffusionClassifierOutput", "DiffusionClassifierPipeline"],
+    },
+)

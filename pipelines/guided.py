@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from genkit import _host, noise, zoo
-from genkit.checkpoints import check_folder
-from genkit.denoisers import Cond, Denoiser
+from genkit import _host, noise
+from genkit.denoisers import Cond
 from genkit.guidance import Guidance, State, as_guidance
+from genkit.pipelines.base import HostedPipeline
 from genkit.prediction import Prediction
 from genkit.sampling import sample
 
@@ -39,11 +37,10 @@ class GuidedPipelineOutput(BaseOutput):
     energy: dict[str, Tensor] | None = None
 
 
-class GuidedPipeline:
+class GuidedPipeline(HostedPipeline):
     """Wraps a diffusers pipeline (`host`): same components, same call conventions, plus `guidance` and per-image `seeds`.
 
-    The host is shared, not copied, and is left as it was after each call; `save_pretrained` writes the stock format. Everything
-    that is not defined here (`components`, `to`, `progress_bar`, `vae`, `scheduler`, ...) is the host's.
+    See `HostedPipeline` for `from_pipe`, `from_pretrained`, `load_tokens`, and what else the wrapper has.
 
     Example:
         >>> pipe = GuidedPipeline.from_pretrained("digits")
@@ -51,82 +48,6 @@ class GuidedPipeline:
         >>> pipe = GuidedPipeline.from_pipe(any_stable_diffusion_pipeline)
         >>> pipe("a bird", guidance=EnergyGuidance(my_score, scale=10.0))
     """
-
-    def __init__(self, host: DiffusionPipeline) -> None:
-        self.host = host
-        self.denoiser = Denoiser.of(host)
-        self.tokens: list[str] = []
-        self._interrupt = False
-
-    @classmethod
-    def from_pipe(cls, pipe: DiffusionPipeline | GuidedPipeline) -> GuidedPipeline:
-        """Wrap a pipeline; its components are shared.
-
-        Raises:
-            ValueError: the pipeline's family is not supported; the message lists those that are.
-        """
-        return cls(pipe.host if isinstance(pipe, GuidedPipeline) else pipe)
-
-    @classmethod
-    def from_pretrained(cls, model: str | Path, *, allow_pickle: bool = False, **arguments: Any) -> GuidedPipeline:
-        """Load an embedded model by name, a folder, or a model of the Hub.
-
-        Args:
-            model: "digits", a folder in diffusers' layout, or a repository of the Hub.
-            allow_pickle: also take pickled weights (read with `weights_only=True`); safetensors only by default.
-            **arguments: for `DiffusionPipeline.from_pretrained`: `dtype` (float32 by default), `variant`, `revision`, ...
-
-        Raises:
-            ValueError: an unknown name, or a folder whose weights are missing, damaged, of the wrong shape or pickled.
-        """
-        # An embedded name wins over a folder of that name, so that a recipe means the same in every working directory.
-        embedded = str(model) in zoo.names() or (not Path(model).is_dir() and "/" not in str(model))
-        folder = zoo.path(str(model)) if embedded else Path(model)
-        if folder.is_dir():
-            check_folder(folder, allow_pickle=allow_pickle)
-        arguments.setdefault("dtype", torch.float32)
-        host = DiffusionPipeline.from_pretrained(
-            str(folder if folder.is_dir() else model), use_safetensors=None if allow_pickle else True, **arguments
-        )
-        return cls(host)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "host":
-            raise AttributeError(name)
-        return getattr(self.host, name)
-
-    @property
-    def scheduler(self) -> Any:
-        """The host's scheduler; assign another to change the sampler."""
-        return self.host.scheduler
-
-    @scheduler.setter
-    def scheduler(self, scheduler: Any) -> None:
-        self.host.scheduler = scheduler
-
-    def to(self, *arguments: Any, **keywords: Any) -> GuidedPipeline:
-        """Move or cast the host; returns this pipeline."""
-        self.host.to(*arguments, **keywords)
-        return self
-
-    def load_tokens(self, *paths: str | Path) -> list[str]:
-        """Load token files (textual inversion, safetensors) into the host; prompts may then say the tokens, which are returned.
-
-        `tokens` lists the identities of what was loaded, for recipes.
-
-        Raises:
-            FileNotFoundError, ValueError: a file that is missing, damaged, a pickle, or made for other text encoders; a token that
-                the tokenizer knows. Nothing is loaded then.
-        """
-        from genkit.guidance.token_embedding import load_tokens
-
-        files = load_tokens(self.denoiser, paths)
-        self.tokens += [file.identity for file in files]
-        return [file.token for file in files]
-
-    def interrupt(self) -> None:
-        """Stop after the current step (from a callback or another thread); the call returns what there is."""
-        self._interrupt = True
 
     @torch.no_grad()
     def __call__(

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from genkit.cli.classify import classify
 from genkit.cli.doctor import doctor
+from genkit.cli.features import features
 from genkit.cli.sample import sample
 from genkit.cli.train import train
 from genkit.cli.zoo import zoo
@@ -42,6 +44,8 @@ def genkit(
 
 
 app.command()(sample)
+app.command()(classify)
+app.command()(features)
 app.add_typer(train, name="train")
 app.add_typer(zoo, name="zoo")
 app.command()(doctor)

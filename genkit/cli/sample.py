@@ -159,8 +159,8 @@ def _check_model(model: str, allow_pickle: bool) -> Path | None:
     return folder
 
 
-def _read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
-    """Prompts of the command line, then those of the file.
+def _read_prompts(prompts: list[str] | None, file: Path | None, what: str = "prompt") -> list[str]:
+    """Prompts of the command line, then those of the file; `what` they are, for messages.
 
     Raises:
         OSError, ValueError: the file is missing, not UTF-8, or holds no prompt.
@@ -171,12 +171,12 @@ def _read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"The prompts file {str(file)!r} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+        raise ValueError(f"The {what}s file {str(file)!r} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
     except OSError as error:
-        raise OSError(f"The prompts file {str(file)!r} cannot be read ({error.strerror}).") from error
+        raise OSError(f"The {what}s file {str(file)!r} cannot be read ({error.strerror}).") from error
     in_file = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not in_file:
-        raise ValueError(f"The prompts file {str(file)!r} holds no prompt. Write one on each line.")
+        raise ValueError(f"The {what}s file {str(file)!r} holds no {what}. Write one on each line.")
     return found + in_file
 
 

@@ -1,12 +1,16 @@
-"""`genkit train`: train what guides or conditions a pretrained model."""
+"""`genkit train`: train what guides or conditions a pretrained model, or a diffusion model that classifies."""
 
 from __future__ import annotations
 
 import typer
 
+from genkit.cli.train_classifier_diffusion import classifier_diffusion
 from genkit.cli.train_discriminator import discriminator
+from genkit.cli.train_probe import probe
 from genkit.cli.train_token import token
 
-train = typer.Typer(no_args_is_help=True, help="Train what guides or conditions a pretrained model, which stays as it is.")
+train = typer.Typer(no_args_is_help=True, help="Train what guides or conditions a pretrained model, or a generative classifier.")
 train.command()(discriminator)
 train.command()(token)
+train.command()(probe)
+train.command("classifier-diffusion")(classifier_diffusion)

@@ -6,13 +6,14 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from genkit.data.pictures import find_pictures, fit_picture, read_picture
+
 COLORINGS = 4  # how often each handwritten digit appears, in other colours
 
 
@@ -26,6 +27,7 @@ class ImageSource:
         groups: for each row the picture it shows; rows of one picture are never split between training and validation.
         captions: a text for each row, or None.
         labels: a class name or index for each row, or None.
+        names: what each row is called: its file's path below the folder, or the number of the handwritten digit.
     """
 
     name: str
@@ -33,6 +35,7 @@ class ImageSource:
     groups: list[int]
     captions: list[str] | None = None
     labels: list[str | int] | None = None
+    names: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -41,9 +44,18 @@ class ImageSource:
         """Images (B, 3, H, W) in [-1, 1] of some rows, `size` = (height, width)."""
         return self.load(rows, size)
 
+    def subset(self, rows: Sequence[int]) -> ImageSource:
+        """The source of some of its rows."""
+        picked: dict[str, Any] = {
+            field: None if (values := getattr(self, field)) is None else [values[row] for row in rows]
+            for field in ("groups", "captions", "labels", "names")
+        }
+        load = self.load
+        return dataclasses.replace(self, load=lambda chosen, size: load([rows[i] for i in chosen], size), **picked)
+
 
 def open_source(name: str | Path, count: int | None = None) -> ImageSource:
-    """The source of a name: "digits", or a folder of images.
+    """The source of a name: "digits" (the training digits), "digits-test" (the held-out ones), or a folder of images.
 
     A folder's captions come from `metadata.jsonl` ({"file_name": ..., "text": ...} on each line, as Hugging Face has it) or from
     NAME.txt beside each image; its labels from the names of its subfolders.
@@ -55,17 +67,19 @@ def open_source(name: str | Path, count: int | None = None) -> ImageSource:
         ValueError: no such source, a folder without images, or captions for some images only.
     """
     if str(name) == "digits":
-        return _digits(count or 4000 * COLORINGS)
+        return _digits("train", count or 4000 * COLORINGS)
+    if str(name) == "digits-test":
+        return _digits("test", count or 1000)
     folder = Path(name)
     if not folder.is_dir():
-        raise ValueError(f"There is no data {str(name)!r}. Give 'digits' or a folder of images.")
+        raise ValueError(f"There is no data {str(name)!r}. Give 'digits', 'digits-test' or a folder of images.")
     return _folder(folder, count)
 
 
-def _digits(count: int) -> ImageSource:
+def _digits(split: str, count: int) -> ImageSource:
     from genkit.data import digits
 
-    batch = digits.draw("train", count, seed=77)
+    batch = digits.draw(split, count, seed=77)
 
     def load(rows: Sequence[int], size: tuple[int, int]) -> Tensor:
         images = batch.images[list(rows)]
@@ -77,24 +91,26 @@ def _digits(count: int) -> ImageSource:
     rng = np.random.default_rng(77)
     attributes = zip(batch.captions(), batch.attributes(), strict=True)
     captions = [full if rng.random() < 0.6 else digits.training_caption(row, rng) for full, row in attributes]
-    return ImageSource("digits", load, batch.stroke.tolist(), captions)
+    labels: list[str | int] = [digits.DIGITS[digit] for digit in batch.digit.tolist()]
+    strokes = batch.stroke.tolist()
+    names = [f"{split} digit {stroke}" for stroke in strokes]
+    return ImageSource("digits" if split == "train" else f"digits-{split}", load, strokes, captions, labels, names)
 
 
 def _folder(folder: Path, count: int | None) -> ImageSource:
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ValueError(f"{str(folder)!r} holds no images ({', '.join(SUFFIXES)}).")
+    files = find_pictures([folder])
     captions = _captions(folder, files)
     subfolders = all(file.parent != folder for file in files)
     labels: list[str | int] | None = [file.parent.name for file in files] if subfolders else None
     groups = [i % len(files) for i in range(count or len(files))]
 
     def load(rows: Sequence[int], size: tuple[int, int]) -> Tensor:
-        return torch.stack([_read(files[groups[row]], size) for row in rows])
+        return torch.stack([fit_picture(read_picture(files[groups[row]])[0], size) for row in rows])
 
     return ImageSource(
         folder.name, load, groups,
         None if captions is None else [captions[i] for i in groups], None if labels is None else [labels[i] for i in groups],
+        [files[i].relative_to(folder).as_posix() for i in groups],
     )  # fmt: skip
 
 
@@ -118,13 +134,3 @@ def _captions(folder: Path, files: list[Path]) -> list[str] | None:
             f"{len(missing)} of {len(files)} images have no caption, for instance {missing[0].name!r}. Caption all, or none."
         )
     return [table[file] for file in files] if table else None
-
-
-def _read(file: Path, size: tuple[int, int]) -> Tensor:
-    """An image (3, H, W) in [-1, 1], cropped to the aspect and resized."""
-    try:
-        with Image.open(file) as image:
-            fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size[1], size[0]), Image.Resampling.BICUBIC)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"The image {str(file)!r} cannot be read ({error}).") from error
-    return torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1).float() / 127.5 - 1

@@ -12,6 +12,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "race": ["Race"],
         "tree": ["Tree"],
         "taylor": ["Taylor"],
+        "limits": ["Within", "within"],
+        "null": ["AgainstNull"],
+        "named": ["POLICIES", "plan_policy"],
         "calibration": ["REDUCTIONS", "fit_temperature", "posterior", "reduce_prompts"],
     },
 )

@@ -37,13 +37,13 @@ class Within(Policy):
         return self.inner.entrants(arms)
 
     def narrow(self, board: Board, arms: list[int], keep: int) -> Narrowing:
-        if len(arms) > self.budget:
-            raise ValueError(f"A budget of {self.budget} evaluations is below one for each of {len(arms)} classes. Raise it.")
+        if board.costs[arms].sum() > self.budget:
+            raise ValueError(f"A budget of {self.budget} evaluations is below one pair for each of {len(arms)} classes. Raise it.")
         end = board.evaluations + self.budget
         search = self.inner.narrow(board, arms, keep)
         try:
             request = next(search)
-            while isinstance(request, Request) and board.evaluations + len(request.arms) <= end:
+            while isinstance(request, Request) and board.evaluations + board.costs[request.arms].sum() <= end:
                 answer = yield request
                 request = search.send(answer)
         except StopIteration as stop:
@@ -51,25 +51,31 @@ class Within(Policy):
         search.close()
         arms = list(dict.fromkeys(request.arms.tolist()))
         pairs = np.array(list(dict.fromkeys(request.pairs.tolist())))
-        cost = np.cumsum(np.isnan(board.losses[np.ix_(arms, pairs)]).sum(0))
+        cost = np.cumsum(board.costs[arms] @ np.isnan(board.losses[arms][:, pairs]))
         yield from board.score(arms, pairs[cost <= end - board.evaluations])
         board.note(arms)
         return board.best(arms, keep)
 
 
-def within(policy: Policy, budget: int, arms: int) -> Policy:
+def within(policy: Policy, budget: int, arms: int, cost: int) -> Policy:
     """The policy, at no more than `budget` evaluations an image of `arms` arms.
+
+    Args:
+        cost: evaluations that one pair of every arm takes.
 
     Raises:
         ValueError: a budget that is used up before a single pair of each class was scored.
     """
     if isinstance(policy, Tree):
         return dataclasses.replace(policy, inner=Within(inner=policy.inner, budget=budget // policy.levels))
-    slopes = 2 * policy.pairs if isinstance(policy, Taylor) and arms > policy.shortlist else 0
-    contestants = min(arms, policy.shortlist) if isinstance(policy, Taylor) else arms
-    if budget - slopes < contestants:
+    slopes, contestants = 0, arms
+    if isinstance(policy, Taylor) and arms > policy.shortlist:
+        slopes, contestants = 2 * policy.pairs, policy.shortlist
+    if budget - slopes < cost * contestants / arms:
         ranking = f" after the {slopes} evaluations of the ranking" if slopes else ""
-        raise ValueError(f"A budget of {budget} evaluations is below one for each of {contestants} classes{ranking}. Raise it.")
+        raise ValueError(
+            f"A budget of {budget} evaluations is below one pair for each of {contestants} classes{ranking}. Raise it."
+        )
     if isinstance(policy, Taylor):
         return dataclasses.replace(policy, inner=Within(inner=policy.inner, budget=budget - slopes))
     return Within(inner=policy, budget=budget)

@@ -23,6 +23,7 @@ def plan_policy(
     plan: PairPlan,
     arms: int,
     *,
+    cost: int | None = None,
     budget: int | None = None,
     alpha: float = 0.05,
     children: Mapping[int, tuple[int, ...]] | None = None,
@@ -35,6 +36,7 @@ def plan_policy(
         plan: "exhaustive" and "rounds" take fewer pairs of it where the budget wants that, so that those stay spread over all
             levels.
         arms: number of classes, groups of a hierarchy included.
+        cost: evaluations that one pair of all of them takes; `arms` by default.
         budget: evaluations of an image, at most.
         alpha: of the races.
         children: arms of each group of the hierarchy, for "tree".
@@ -51,13 +53,12 @@ def plan_policy(
             "needs a hierarchy: which classes each group prompt stands for" if name == "tree" else "takes no hierarchy; 'tree' does"
         )
         raise ValueError(f"The policy {name!r} {what}.")
-    if budget is not None and name != "tree" and budget < arms and not (name == "taylor" or isinstance(name, Taylor)):
-        raise ValueError(f"A budget of {budget} evaluations is below one pair for each of {arms} classes. Raise it.")
+    cost = arms if cost is None else cost
     if budget is not None and plan.timesteps is None and name in ("exhaustive", "rounds"):
-        per_pair = arms if name == "exhaustive" else arms / _FIRST + min(arms, _KEEP) * (1 - 1 / _FIRST)
+        per_pair = cost if name == "exhaustive" else cost * (1 / _FIRST + min(1, _KEEP / arms) * (1 - 1 / _FIRST))
         plan = dataclasses.replace(plan, count=max(1, min(plan.count, int(budget / per_pair))))
     policy = name if isinstance(name, Policy) else _named(name, plan.count, alpha, children or {})
-    return (policy if budget is None else within(policy, budget, arms)), plan
+    return (policy if budget is None else within(policy, budget, arms, cost)), plan
 
 
 def _named(name: str, pairs: int, alpha: float, children: Mapping[int, tuple[int, ...]]) -> Policy:

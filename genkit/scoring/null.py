@@ -35,9 +35,17 @@ class AgainstNull(Policy):
     def narrow(self, board: Board, arms: list[int], keep: int) -> Narrowing:
         return (yield from self.inner.narrow(board, arms, keep))
 
-    def search(self, arms: int, u: np.ndarray, *, offsets: np.ndarray | None = None, groups: np.ndarray | None = None) -> Search:
+    def search(
+        self,
+        arms: int,
+        u: np.ndarray,
+        *,
+        offsets: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
+        costs: np.ndarray | None = None,
+    ) -> Search:
         self.check(arms, len(u))
-        board = Board(u, np.zeros(arms) if offsets is None else np.asarray(offsets, dtype=float), groups)
+        board = Board(u, np.zeros(arms) if offsets is None else np.asarray(offsets, dtype=float), groups, costs)
         left = yield from self.narrow(board, self.entrants(arms), 1)
         verdict = board.verdict(left[0])  # before the null condition is on the board, so that the error bound leaves it out
         seen = np.flatnonzero(~np.isnan(board.losses[left[0]]))

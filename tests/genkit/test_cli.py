@@ -19,7 +19,7 @@ from genkit.cli.app import app
 from genkit.cli.common import resolve_device
 from genkit.console import console
 
-COMMANDS = [["sample"], ["zoo"], ["zoo", "list"], ["zoo", "show"], ["zoo", "train"], ["doctor"]]
+COMMANDS = [["sample"], ["classify"], ["zoo"], ["zoo", "list"], ["zoo", "show"], ["zoo", "train"], ["doctor"]]
 
 
 def run(*arguments: object):
@@ -35,6 +35,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed(tmp_path: Path) -> None:
         ["--version"],
         ["zoo", "list"],
         ["sample", "--help"],
+        ["classify", "--help"],
         ["sample", "a", "--model", str(tmp_path / "tiny"), "--guidance", "classifier:label=1", "--sweep", "cfg=1,2", "--dry-run"],
         ["zoo", "train", "digits", "--out", "x", "--dry-run"],
     ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
+
+MAX_LENGTH = 77  # tokens of the longest prompt that a CLIP text encoder takes
 
 
 def build_tokenizer(words: Sequence[str], max_length: int) -> CLIPTokenizer:
@@ -38,4 +41,24 @@ def build_tokenizer(words: Sequence[str], max_length: int) -> CLIPTokenizer:
     broken = [w for w in words if len(tokenizer(w).input_ids) != 3]
     if broken:
         raise RuntimeError(f"These words are not one token each: {', '.join(broken)}.")
+    return tokenizer
+
+
+def class_tokenizer(classes: Sequence[str]) -> CLIPTokenizer:
+    """A tokenizer for prompts that are class names: every word of plain letters is one token, other text falls apart into bytes.
+
+    Raises:
+        ValueError: names that are one to the tokenizer (it ignores case and spaces), or one that is longer than 77 tokens.
+    """
+    words = sorted({word for name in classes for word in re.findall("[a-z]+", name.lower())})
+    tokenizer = build_tokenizer(words or ["a"], MAX_LENGTH)
+    seen: dict[tuple[int, ...], str] = {}
+    for name in classes:
+        ids = tuple(tokenizer(name).input_ids)
+        if len(ids) > MAX_LENGTH:
+            raise ValueError(f"The class name {name!r:.100} has {len(ids)} tokens, more than {MAX_LENGTH}. Rename it.")
+        if ids in seen:
+            raise ValueError(f"The class names {seen[ids]!r} and {name!r} differ in case or spaces only. Rename one.")
+        seen[ids] = name
+    tokenizer.model_max_length = max(8, max(map(len, seen)))
     return tokenizer
