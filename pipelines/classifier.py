@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from genkit.denoisers.modes import evaluating
 from genkit.errors import unknown
 from genkit.pipelines.base import HostedPipeline
 from genkit.pipelines.classes import Classes, Label, classes_of
@@ -173,7 +173,7 @@ class DiffusionClassifierPipeline(HostedPipeline):
 
         # Not every iterable has a length; infinity is what tqdm takes for that.
         total = len(images) if isinstance(images, Sized) and not is_single(images) else math.inf
-        with _evaluating(self.denoiser.network), self.host.progress_bar(total=total) as bar:
+        with evaluating(self.denoiser.network), self.host.progress_bar(total=total) as bar:
             search = scorer.run(
                 samples(), classes.cond, AgainstNull(inner=policy) if pmi else policy,
                 offsets=reading.offsets, classes=classes.rows, merge=merge, progress=on_batch,
@@ -268,18 +268,6 @@ def _prior(classes: Classes, prior: Mapping[Label, float] | None) -> np.ndarray 
     if not (np.isfinite(values) & (values > 0)).all():
         raise ValueError(f"The prior {given} must be positive for every label.")
     return values / values.sum()
-
-
-@contextmanager
-def _evaluating(network: torch.nn.Module) -> Iterator[None]:
-    """The network in eval mode: dropout, of labels above all, would be noise in the losses."""
-    training = [module for module in network.modules() if module.training]
-    try:
-        network.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _collected(results: list[Classification | None]) -> DiffusionClassifierOutput:

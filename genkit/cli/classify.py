@@ -8,67 +8,63 @@ from typing import Annotated, Any
 
 import typer
 
-from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, command
+from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, command, option
 
 _WHAT, _HOW, _WHERE, _MACHINE = "What to tell apart", "How to decide", "Files", "Machine"
-
-
-def _option(panel: str, text: str, *names: str, **arguments: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **arguments)
 
 
 def classify(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders (searched recursively), patterns.")],
     labels: Annotated[
         str | None,
-        _option(
+        option(
             _WHAT, "Labels, as in cat,dog; of class-conditional models numbers or names.", show_default="the ten digits, for digits"
         ),
     ] = None,
-    labels_file: Annotated[Path | None, _option(_WHAT, "UTF-8 text file with a label on each line; # starts a comment.")] = None,
+    labels_file: Annotated[Path | None, option(_WHAT, "UTF-8 text file with a label on each line; # starts a comment.")] = None,
     prompt: Annotated[
         list[str] | None,
-        _option(
+        option(
             _WHAT,
             "Template, taken as it is, with {} for the label. Repeat it for several prompts a label.",
             show_default='"a photo of a {}"; for digits "a {}", with "an" where it belongs',
         ),
     ] = None,
-    model: Annotated[str, _option(_WHAT, "An embedded model (`genkit zoo list`), a folder, or a Hub repository.")] = "digits",
+    model: Annotated[str, option(_WHAT, "An embedded model (`genkit zoo list`), a folder, or a Hub repository.")] = "digits",
     policy: Annotated[
         str,
-        _option(
+        option(
             _HOW,
             "race (drops beaten labels by paired tests), rounds (the published rounds), exhaustive, taylor (a gradient makes the "
             "shortlist), tree (needs --hierarchy).",
         ),
     ] = "race",
-    budget: Annotated[int | None, _option(_HOW, "Network evaluations of an image, at most.", show_default="labels x pairs")] = None,
-    pairs: Annotated[int, _option(_HOW, "Pairs of noise level and noise that a label is scored on, at most.", min=1)] = 64,
-    alpha: Annotated[float, _option(_HOW, "Probability that a race drops the label that all pairs would choose.")] = 0.05,
-    metric: Annotated[str, _option(_HOW, "Loss of the predicted noise: l2, l1 or huber.")] = "l2",
-    weighting: Annotated[str, _option(_HOW, "uniform, or elbo: scores are -log p(image | label) in nats.")] = "uniform",
-    reduce: Annotated[str, _option(_HOW, "What several prompts of a label make: min, mean or logsumexp.")] = "min",
-    prior: Annotated[str | None, _option(_HOW, "Prior probabilities, as in cat=0.9,dog=0.1.", show_default="uniform")] = None,
-    temperature: Annotated[float | None, _option(_HOW, "Of the posterior.", show_default="from the number of values")] = None,
-    pmi: Annotated[bool, _option(_HOW, "Subtract the null prompt's score: comparable between images.", "--pmi")] = False,
-    hierarchy: Annotated[Path | None, _option(_HOW, 'For tree: JSON file, {"prompt of a group": ["label", ...]}.')] = None,
-    seed: Annotated[int, _option(_HOW, "Of the noise.", min=0)] = 42,
+    budget: Annotated[int | None, option(_HOW, "Network evaluations of an image, at most.", show_default="labels x pairs")] = None,
+    pairs: Annotated[int, option(_HOW, "Pairs of noise level and noise that a label is scored on, at most.", min=1)] = 64,
+    alpha: Annotated[float, option(_HOW, "Probability that a race drops the label that all pairs would choose.")] = 0.05,
+    metric: Annotated[str, option(_HOW, "Loss of the predicted noise: l2, l1 or huber.")] = "l2",
+    weighting: Annotated[str, option(_HOW, "uniform, or elbo: scores are -log p(image | label) in nats.")] = "uniform",
+    reduce: Annotated[str, option(_HOW, "What several prompts of a label make: min, mean or logsumexp.")] = "min",
+    prior: Annotated[str | None, option(_HOW, "Prior probabilities, as in cat=0.9,dog=0.1.", show_default="uniform")] = None,
+    temperature: Annotated[float | None, option(_HOW, "Of the posterior.", show_default="from the number of values")] = None,
+    pmi: Annotated[bool, option(_HOW, "Subtract the null prompt's score: comparable between images.", "--pmi")] = False,
+    hierarchy: Annotated[Path | None, option(_HOW, 'For tree: JSON file, {"prompt of a group": ["label", ...]}.')] = None,
+    seed: Annotated[int, option(_HOW, "Of the noise.", min=0)] = 42,
     accuracy: Annotated[
         bool | None,
-        _option(_WHERE, "Take the name of an image's folder as its true label.", show_default="where all of them are labels"),
+        option(_WHERE, "Take the name of an image's folder as its true label.", show_default="where all of them are labels"),
     ] = None,
     out: Annotated[
-        Path | None, _option(_WHERE, "FILE.csv or FILE.json, or a folder for both. A journal beside it keeps what is finished.")
+        Path | None, option(_WHERE, "FILE.csv or FILE.json, or a folder for both. A journal beside it keeps what is finished.")
     ] = None,
-    resume: Annotated[bool, _option(_WHERE, "Go on with the journal of --out.", "--resume")] = False,
-    dry_run: Annotated[bool, _option(_WHERE, "Say what would be done, and stop.", "--dry-run")] = False,
+    resume: Annotated[bool, option(_WHERE, "Go on with the journal of --out.", "--resume")] = False,
+    dry_run: Annotated[bool, option(_WHERE, "Say what would be done, and stop.", "--dry-run")] = False,
     batch: Annotated[
-        int, _option(_MACHINE, "Network evaluations at a time; it changes no result by more than rounding.", min=1)
+        int, option(_MACHINE, "Network evaluations at a time; it changes no result by more than rounding.", min=1)
     ] = 128,
     device: Device = "auto",
-    dtype: Annotated[str, _option(_MACHINE, "float32, float16 or bfloat16.")] = "float32",
-    allow_pickle: Annotated[bool, _option(_MACHINE, "Accept weights that are pickles.", "--allow-pickle")] = False,
+    dtype: Annotated[str, option(_MACHINE, "float32, float16 or bfloat16.")] = "float32",
+    allow_pickle: Annotated[bool, option(_MACHINE, "Accept weights that are pickles.", "--allow-pickle")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

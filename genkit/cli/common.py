@@ -23,6 +23,12 @@ Device = Annotated[
     typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu; auto takes the fastest there is.", rich_help_panel="Machine"),
 ]
 
+
+def option(panel: str, text: str, *names: str, **arguments: Any) -> Any:
+    """A typer option: its panel in the help, its help text, and whatever `typer.Option` takes."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, **arguments)
+
+
 # What a user can cause and repair; anything else is a defect of genkit.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Output, Quiet, check_device, command
+from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Output, Quiet, check_device, command, option
 
 if TYPE_CHECKING:
     from genkit.ranks import Ranks
@@ -15,31 +15,27 @@ if TYPE_CHECKING:
 _WHAT, _HOW, _WHERE, _MACHINE = "What to read", "How to read it", "Files", "Machine"
 
 
-def _option(panel: str, text: str, *names: str, **arguments: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **arguments)
-
-
 def features(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of images, digits or digits-test.")],
-    out: Annotated[Path, _option(_WHERE, "Folder for the features: TAP.npy of (images, draws, ...), and features.json.")],
-    model: Annotated[str, _option(_WHAT, "An embedded model, a folder, or a Hub repository.")] = "digits",
+    out: Annotated[Path, option(_WHERE, "Folder for the features: TAP.npy of (images, draws, ...), and features.json.")],
+    model: Annotated[str, option(_WHAT, "An embedded model, a folder, or a Hub repository.")] = "digits",
     taps: Annotated[
-        str, _option(_WHAT, "Blocks or module paths: block.6,mid,up.0.pre; numbers count blocks from 0, or from -1 down.")
+        str, option(_WHAT, "Blocks or module paths: block.6,mid,up.0.pre; numbers count blocks from 0, or from -1 down.")
     ] = "mid",
-    t: Annotated[str, _option(_HOW, "Timesteps of the noise on the images, 0 to 999; several as 90,150,300.")] = "150",
-    pool: Annotated[str, _option(_HOW, "Average maps to N steps along a side; mean for one vector; none keeps them.")] = "2",
+    t: Annotated[str, option(_HOW, "Timesteps of the noise on the images, 0 to 999; several as 90,150,300.")] = "150",
+    pool: Annotated[str, option(_HOW, "Average maps to N steps along a side; mean for one vector; none keeps them.")] = "2",
     draws: Annotated[
         int | None,
-        _option(_HOW, "Draws of the noise for each image.", min=1, show_default="one noise, the same for every image"),
+        option(_HOW, "Draws of the noise for each image.", min=1, show_default="one noise, the same for every image"),
     ] = None,
-    seed: Annotated[int, _option(_HOW, "Seed of the noise.")] = 0,
-    count: Annotated[int | None, _option(_WHAT, "Images; a folder with fewer is repeated.", min=1, show_default="all")] = None,
-    storage: Annotated[str, _option(_WHERE, "Numbers on the disk: float16 or float32.")] = "float16",
-    resume: Annotated[bool, _option(_WHERE, "Go on with the features in --out.", "--resume")] = False,
-    dry_run: Annotated[bool, _option(_WHERE, "Say what would be done, and stop.", "--dry-run")] = False,
+    seed: Annotated[int, option(_HOW, "Seed of the noise.")] = 0,
+    count: Annotated[int | None, option(_WHAT, "Images; a folder with fewer is repeated.", min=1, show_default="all")] = None,
+    storage: Annotated[str, option(_WHERE, "Numbers on the disk: float16 or float32.")] = "float16",
+    resume: Annotated[bool, option(_WHERE, "Go on with the features in --out.", "--resume")] = False,
+    dry_run: Annotated[bool, option(_WHERE, "Say what would be done, and stop.", "--dry-run")] = False,
     device: Device = "auto",
-    dtype: Annotated[str, _option(_MACHINE, "Of the network: float32, float16 or bfloat16.")] = "float32",
-    batch: Annotated[int, _option(_MACHINE, "Images at a time.", min=1)] = 32,
+    dtype: Annotated[str, option(_MACHINE, "Of the network: float32, float16 or bfloat16.")] = "float32",
+    batch: Annotated[int, option(_MACHINE, "Images at a time.", min=1)] = 32,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, command
+from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, command, option
 
 if TYPE_CHECKING:
     from genkit.recipe import Recipe
@@ -16,51 +16,47 @@ if TYPE_CHECKING:
 _WHAT, _HOW, _WHERE, _MACHINE = "What to draw", "How to sample", "Files", "Machine"
 
 
-def _option(panel: str, text: str, *names: str, **arguments: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **arguments)
-
-
 def sample(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help='What to draw; "" is the null prompt.')] = None,
-    prompts_file: Annotated[Path | None, _option(_WHAT, "UTF-8 text file with a prompt on each line; # starts a comment.")] = None,
-    labels: Annotated[str | None, _option(_WHAT, "Classes, by index or name (207,360), for class-conditional models.")] = None,
-    negative: Annotated[str | None, _option(_WHAT, "Negative prompt.")] = None,
+    prompts_file: Annotated[Path | None, option(_WHAT, "UTF-8 text file with a prompt on each line; # starts a comment.")] = None,
+    labels: Annotated[str | None, option(_WHAT, "Classes, by index or name (207,360), for class-conditional models.")] = None,
+    negative: Annotated[str | None, option(_WHAT, "Negative prompt.")] = None,
     model: Annotated[
-        str | None, _option(_WHAT, "An embedded model (`genkit zoo list`), a folder, or a Hub repository.", show_default="digits")
+        str | None, option(_WHAT, "An embedded model (`genkit zoo list`), a folder, or a Hub repository.", show_default="digits")
     ] = None,
     source: Annotated[
-        Path | None, _option(_WHAT, "Repeat the image that genkit wrote to this PNG; other options override its recipe.", "--from")
+        Path | None, option(_WHAT, "Repeat the image that genkit wrote to this PNG; other options override its recipe.", "--from")
     ] = None,
-    seeds: Annotated[str | None, _option(_HOW, "Seeds, as in 0-15 or 1,2,5-10.", "--seeds", "--seed", show_default="0")] = None,
-    steps: Annotated[int | None, _option(_HOW, "Sampling steps.", show_default="30")] = None,
-    cfg: Annotated[float | None, _option(_HOW, "Classifier-free guidance; 1 is off.", show_default="3")] = None,
+    seeds: Annotated[str | None, option(_HOW, "Seeds, as in 0-15 or 1,2,5-10.", "--seeds", "--seed", show_default="0")] = None,
+    steps: Annotated[int | None, option(_HOW, "Sampling steps.", show_default="30")] = None,
+    cfg: Annotated[float | None, option(_HOW, "Classifier-free guidance; 1 is off.", show_default="3")] = None,
     sampler: Annotated[
         str | None,
-        _option(_HOW, "ddim, ddpm, dpm++, unipc, euler, euler-a, heun, lms, pndm, ...", show_default="the model's own"),
+        option(_HOW, "ddim, ddpm, dpm++, unipc, euler, euler-a, heun, lms, pndm, ...", show_default="the model's own"),
     ] = None,
-    eta: Annotated[float | None, _option(_HOW, "Noise of DDIM-like samplers, 0 to 1.", show_default="0")] = None,
-    size: Annotated[str | None, _option(_HOW, "WIDTHxHEIGHT in pixels.", show_default="the model's own")] = None,
+    eta: Annotated[float | None, option(_HOW, "Noise of DDIM-like samplers, 0 to 1.", show_default="0")] = None,
+    size: Annotated[str | None, option(_HOW, "WIDTHxHEIGHT in pixels.", show_default="the model's own")] = None,
     guidance: Annotated[
         list[str] | None,
-        _option(
+        option(
             _HOW, "NAME:key=value,... as in classifier:label=seven,scale=2, or MODULE:FUNCTION:scale=2. Repeat it to add several."
         ),
     ] = None,
     token: Annotated[
-        list[Path] | None, _option(_HOW, "Token file of `genkit train token`; prompts may say its <name>. Repeat it for several.")
+        list[Path] | None, option(_HOW, "Token file of `genkit train token`; prompts may say its <name>. Repeat it for several.")
     ] = None,
     sweep: Annotated[
         list[str] | None,
-        _option(_HOW, "key=a,b,c: steps, cfg, eta, sampler, negative, or a guidance's classifier.scale. Repeat it for a grid."),
+        option(_HOW, "key=a,b,c: steps, cfg, eta, sampler, negative, or a guidance's classifier.scale. Repeat it for a grid."),
     ] = None,
-    out: Annotated[Path, _option(_WHERE, "Folder for the images.")] = Path("out"),
-    grid: Annotated[bool, _option(_WHERE, "Draw a labelled contact sheet, grid.png.")] = True,
-    resume: Annotated[bool, _option(_WHERE, "Keep the images that are there already.", "--resume")] = False,
-    dry_run: Annotated[bool, _option(_WHERE, "Print what would be made, and stop.", "--dry-run")] = False,
-    batch: Annotated[int, _option(_MACHINE, "Images at a time; it changes none by more than rounding.", min=1)] = 16,
+    out: Annotated[Path, option(_WHERE, "Folder for the images.")] = Path("out"),
+    grid: Annotated[bool, option(_WHERE, "Draw a labelled contact sheet, grid.png.")] = True,
+    resume: Annotated[bool, option(_WHERE, "Keep the images that are there already.", "--resume")] = False,
+    dry_run: Annotated[bool, option(_WHERE, "Print what would be made, and stop.", "--dry-run")] = False,
+    batch: Annotated[int, option(_MACHINE, "Images at a time; it changes none by more than rounding.", min=1)] = 16,
     device: Device = "auto",
-    dtype: Annotated[str | None, _option(_MACHINE, "float32, float16 or bfloat16.", show_default="float32")] = None,
-    allow_pickle: Annotated[bool, _option(_MACHINE, "Accept weights that are pickles.", "--allow-pickle")] = False,
+    dtype: Annotated[str | None, option(_MACHINE, "float32, float16 or bfloat16.", show_default="float32")] = None,
+    allow_pickle: Annotated[bool, option(_MACHINE, "Accept weights that are pickles.", "--allow-pickle")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Quiet, check_device, command
+from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Quiet, check_device, command, option
 
 if TYPE_CHECKING:
     from genkit.ranks import Ranks
@@ -16,38 +16,34 @@ if TYPE_CHECKING:
 _WHAT, _HOW, _WHERE, _MACHINE = "What to train", "How to train", "Files", "Machine"
 
 
-def _option(panel: str, text: str, *names: str, **arguments: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **arguments)
-
-
 def classifier_diffusion(
-    data: Annotated[Path, _option(_WHAT, "Folder of pictures; the subfolder of a picture is its class.")],
-    out: Annotated[Path, _option(_WHERE, "Folder for the model, and in training/ the checkpoint and the log.")],
+    data: Annotated[Path, option(_WHAT, "Folder of pictures; the subfolder of a picture is its class.")],
+    out: Annotated[Path, option(_WHERE, "Folder for the model, and in training/ the checkpoint and the log.")],
     val: Annotated[
         Path | None,
-        _option(_WHAT, "Folder of the same kind that decides which weights are kept.", show_default="a tenth of --data"),
+        option(_WHAT, "Folder of the same kind that decides which weights are kept.", show_default="a tenth of --data"),
     ] = None,
     vae: Annotated[
-        str, _option(_WHAT, "Frozen autoencoder: of an embedded model, a folder (AutoencoderKL or pipeline), or a Hub repository.")
+        str, option(_WHAT, "Frozen autoencoder: of an embedded model, a folder (AutoencoderKL or pipeline), or a Hub repository.")
     ] = "digits",
-    size: Annotated[int | None, _option(_WHAT, "Side of the pictures in pixels.", show_default="the VAE's", min=1)] = None,
-    channels: Annotated[str, _option(_WHAT, "Width of each stage of the U-Net, multiples of 16.")] = "64,128",
-    layers: Annotated[int, _option(_WHAT, "Residual blocks of a stage.", min=1)] = 1,
-    steps: Annotated[int, _option(_HOW, "Updates of the weights.", min=1)] = 4000,
-    batch: Annotated[int, _option(_HOW, "Pictures in an update, of each process.", min=1)] = 64,
-    lr: Annotated[float, _option(_HOW, "Peak learning rate.", min=0)] = 1e-3,
+    size: Annotated[int | None, option(_WHAT, "Side of the pictures in pixels.", show_default="the VAE's", min=1)] = None,
+    channels: Annotated[str, option(_WHAT, "Width of each stage of the U-Net, multiples of 16.")] = "64,128",
+    layers: Annotated[int, option(_WHAT, "Residual blocks of a stage.", min=1)] = 1,
+    steps: Annotated[int, option(_HOW, "Updates of the weights.", min=1)] = 4000,
+    batch: Annotated[int, option(_HOW, "Pictures in an update, of each process.", min=1)] = 64,
+    lr: Annotated[float, option(_HOW, "Peak learning rate.", min=0)] = 1e-3,
     ema: Annotated[
-        float, _option(_HOW, "Decay of the average of the weights that is saved; 0 saves the weights.", min=0, max=0.99999)
+        float, option(_HOW, "Decay of the average of the weights that is saved; 0 saves the weights.", min=0, max=0.99999)
     ] = 0.998,
-    label_dropout: Annotated[float, _option(_HOW, "Share of labels that become the null prompt.", min=0, max=0.99)] = 0.1,
-    validate_every: Annotated[int, _option(_HOW, "Updates between two validations.", min=1)] = 250,
-    patience: Annotated[int, _option(_HOW, "Stop after so many validations without a better one; 0 never.", min=0)] = 0,
-    seed: Annotated[int, _option(_HOW, "Seed of the training.")] = 61,
-    resume: Annotated[bool, _option(_WHERE, "Go on from the checkpoint in --out.", "--resume")] = False,
-    dry_run: Annotated[bool, _option(_WHERE, "Say what would be done, and stop.", "--dry-run")] = False,
+    label_dropout: Annotated[float, option(_HOW, "Share of labels that become the null prompt.", min=0, max=0.99)] = 0.1,
+    validate_every: Annotated[int, option(_HOW, "Updates between two validations.", min=1)] = 250,
+    patience: Annotated[int, option(_HOW, "Stop after so many validations without a better one; 0 never.", min=0)] = 0,
+    seed: Annotated[int, option(_HOW, "Seed of the training.")] = 61,
+    resume: Annotated[bool, option(_WHERE, "Go on from the checkpoint in --out.", "--resume")] = False,
+    dry_run: Annotated[bool, option(_WHERE, "Say what would be done, and stop.", "--dry-run")] = False,
     device: Device = "auto",
     bf16: Annotated[
-        bool, _option(_MACHINE, "Compute in bfloat16 where that is safe; small networks on a CPU may be faster without.")
+        bool, option(_MACHINE, "Compute in bfloat16 where that is safe; small networks on a CPU may be faster without.")
     ] = True,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Output, Quiet, check_device, command
+from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Output, Quiet, check_device, command, option
 
 if TYPE_CHECKING:
     from genkit.guidance.training import DiscriminatorConfig
@@ -16,42 +16,38 @@ if TYPE_CHECKING:
 _WHAT, _HOW, _WHERE, _MACHINE = "What to train", "How to train", "Files", "Machine"
 
 
-def _option(panel: str, text: str, *names: str, **arguments: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **arguments)
-
-
 def discriminator(
-    out: Annotated[Path, _option(_WHERE, "Folder for the discriminator, and in training/ the samples, log and checkpoint.")],
-    model: Annotated[str, _option(_WHAT, "The model to correct: an embedded one, a folder, or a Hub repository.")] = "digits",
+    out: Annotated[Path, option(_WHERE, "Folder for the discriminator, and in training/ the samples, log and checkpoint.")],
+    model: Annotated[str, option(_WHAT, "The model to correct: an embedded one, a folder, or a Hub repository.")] = "digits",
     data: Annotated[
-        str, _option(_WHAT, "Real images: digits, or a folder (captions in metadata.jsonl, classes as subfolders).")
+        str, option(_WHAT, "Real images: digits, or a folder (captions in metadata.jsonl, classes as subfolders).")
     ] = "digits",
-    count: Annotated[int, _option(_WHAT, "Generated samples, and as many real ones.", min=20)] = 8000,
-    steps: Annotated[str, _option(_WHAT, "Sampling steps, as it will be guided; several as 10,30.")] = "30",
-    sampler: Annotated[str | None, _option(_WHAT, "As for `genkit sample`.", show_default="the model's own")] = None,
-    cfg: Annotated[float, _option(_WHAT, "Classifier-free guidance of the samples; 1 is off.")] = 1.0,
-    eta: Annotated[float, _option(_WHAT, "Noise of DDIM-like samplers, 0 to 1.")] = 0.0,
+    count: Annotated[int, option(_WHAT, "Generated samples, and as many real ones.", min=20)] = 8000,
+    steps: Annotated[str, option(_WHAT, "Sampling steps, as it will be guided; several as 10,30.")] = "30",
+    sampler: Annotated[str | None, option(_WHAT, "As for `genkit sample`.", show_default="the model's own")] = None,
+    cfg: Annotated[float, option(_WHAT, "Classifier-free guidance of the samples; 1 is off.")] = 1.0,
+    eta: Annotated[float, option(_WHAT, "Noise of DDIM-like samplers, 0 to 1.")] = 0.0,
     extractor: Annotated[
-        str, _option(_WHAT, "Frozen features: an embedded noisy classifier, its folder, or none to train on the samples alone.")
+        str, option(_WHAT, "Frozen features: an embedded noisy classifier, its folder, or none to train on the samples alone.")
     ] = "digits-noisy-classifier",
-    width: Annotated[int, _option(_WHAT, "Channels of the trained head (128 in the paper).", min=8)] = 64,
-    depth: Annotated[int, _option(_WHAT, "Residual blocks of the head (2 in the paper).", min=1)] = 1,
-    conditional: Annotated[bool, _option(_WHAT, "Let the head see the model's prompt or class.")] = True,
-    updates: Annotated[int, _option(_HOW, "At most so many updates of the weights.", min=1)] = 3000,
+    width: Annotated[int, option(_WHAT, "Channels of the trained head (128 in the paper).", min=8)] = 64,
+    depth: Annotated[int, option(_WHAT, "Residual blocks of the head (2 in the paper).", min=1)] = 1,
+    conditional: Annotated[bool, option(_WHAT, "Let the head see the model's prompt or class.")] = True,
+    updates: Annotated[int, option(_HOW, "At most so many updates of the weights.", min=1)] = 3000,
     patience: Annotated[
-        int, _option(_HOW, "Stop after so many validations, one every 100 updates, without a better one; 0 never.", min=0)
+        int, option(_HOW, "Stop after so many validations, one every 100 updates, without a better one; 0 never.", min=0)
     ] = 8,
-    lr: Annotated[float, _option(_HOW, "Peak learning rate.", min=0)] = 5e-4,
+    lr: Annotated[float, option(_HOW, "Peak learning rate.", min=0)] = 5e-4,
     ema: Annotated[
-        float, _option(_HOW, "Decay of the average of the weights that is saved; 0 saves the weights.", min=0, max=0.99999)
+        float, option(_HOW, "Decay of the average of the weights that is saved; 0 saves the weights.", min=0, max=0.99999)
     ] = 0.999,
-    batch: Annotated[int, _option(_HOW, "Real and generated samples in an update, together.", min=2)] = 128,
-    seed: Annotated[int, _option(_HOW, "Seed of the training.")] = 51,
-    resume: Annotated[bool, _option(_WHERE, "Go on with the samples and the checkpoint in --out.", "--resume")] = False,
-    dry_run: Annotated[bool, _option(_WHERE, "Say what would be done, and stop.", "--dry-run")] = False,
+    batch: Annotated[int, option(_HOW, "Real and generated samples in an update, together.", min=2)] = 128,
+    seed: Annotated[int, option(_HOW, "Seed of the training.")] = 51,
+    resume: Annotated[bool, option(_WHERE, "Go on with the samples and the checkpoint in --out.", "--resume")] = False,
+    dry_run: Annotated[bool, option(_WHERE, "Say what would be done, and stop.", "--dry-run")] = False,
     device: Device = "auto",
-    dtype: Annotated[str, _option(_MACHINE, "Of the sampled model: float32, float16 or bfloat16.")] = "float32",
-    sample_batch: Annotated[int, _option(_MACHINE, "Samples drawn at a time.", min=1)] = 100,
+    dtype: Annotated[str, option(_MACHINE, "Of the sampled model: float32, float16 or bfloat16.")] = "float32",
+    sample_batch: Annotated[int, option(_MACHINE, "Samples drawn at a time.", min=1)] = 100,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

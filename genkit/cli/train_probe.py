@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Output, Quiet, check_device, command
+from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Output, Quiet, check_device, command, option
 from genkit.cli.features import open_data, parse_taps, parse_times
 
 if TYPE_CHECKING:
@@ -17,37 +17,33 @@ if TYPE_CHECKING:
 _WHAT, _HOW, _WHERE, _MACHINE = "What to train", "How to train", "Files", "Machine"
 
 
-def _option(panel: str, text: str, *names: str, **arguments: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **arguments)
-
-
 def probe(
-    out: Annotated[Path, _option(_WHERE, "Folder for the probe, its features and its training log.")],
-    data: Annotated[str, _option(_WHAT, "Labelled images: a folder with a subfolder for each class, or digits.")] = "digits",
+    out: Annotated[Path, option(_WHERE, "Folder for the probe, its features and its training log.")],
+    data: Annotated[str, option(_WHAT, "Labelled images: a folder with a subfolder for each class, or digits.")] = "digits",
     test: Annotated[
-        str | None, _option(_WHAT, "Labelled images to measure on.", show_default="digits-test for digits, else none")
+        str | None, option(_WHAT, "Labelled images to measure on.", show_default="digits-test for digits, else none")
     ] = None,
-    model: Annotated[str, _option(_WHAT, "An embedded model, a folder, or a Hub repository.")] = "digits",
-    taps: Annotated[str, _option(_WHAT, "Blocks or module paths, as for `genkit features`.")] = "mid",
-    t: Annotated[str, _option(_WHAT, "Timesteps of the noise on the images; several as 90,150,300.")] = "150",
-    head: Annotated[str, _option(_WHAT, "linear, attention, fusion (several taps or t) or feedback (two passes).")] = "linear",
+    model: Annotated[str, option(_WHAT, "An embedded model, a folder, or a Hub repository.")] = "digits",
+    taps: Annotated[str, option(_WHAT, "Blocks or module paths, as for `genkit features`.")] = "mid",
+    t: Annotated[str, option(_WHAT, "Timesteps of the noise on the images; several as 90,150,300.")] = "150",
+    head: Annotated[str, option(_WHAT, "linear, attention, fusion (several taps or t) or feedback (two passes).")] = "linear",
     labels_per_class: Annotated[
-        int | None, _option(_WHAT, "Use so many labelled images of each class.", min=2, show_default="all")
+        int | None, option(_WHAT, "Use so many labelled images of each class.", min=2, show_default="all")
     ] = None,
     draws: Annotated[
         int | None,
-        _option(_HOW, "Draws of the noise for each image.", min=1, show_default="one noise, the same for every image"),
+        option(_HOW, "Draws of the noise for each image.", min=1, show_default="one noise, the same for every image"),
     ] = None,
-    pool: Annotated[int, _option(_HOW, "Linear: average maps to so many steps along a side.", min=1)] = 2,
-    width: Annotated[int, _option(_HOW, "Other heads: width of the transformer (1024 in the paper).", min=4)] = 128,
-    depth: Annotated[int, _option(_HOW, "Other heads: its blocks (2 in the paper).", min=1)] = 2,
-    updates: Annotated[int, _option(_HOW, "Other heads: at most so many updates of the weights.", min=1)] = 2000,
-    batch: Annotated[int, _option(_HOW, "Other heads: images in an update.", min=2)] = 128,
-    lr: Annotated[float, _option(_HOW, "Other heads: peak learning rate.", min=0)] = 1e-3,
-    seed: Annotated[int, _option(_HOW, "Seed of the noise, the choice of images and the training.")] = 0,
-    count: Annotated[int | None, _option(_WHAT, "Images; a folder with fewer is repeated.", min=2, show_default="all")] = None,
-    resume: Annotated[bool, _option(_WHERE, "Go on with the features and the checkpoint in --out.", "--resume")] = False,
-    dry_run: Annotated[bool, _option(_WHERE, "Say what would be done, and stop.", "--dry-run")] = False,
+    pool: Annotated[int, option(_HOW, "Linear: average maps to so many steps along a side.", min=1)] = 2,
+    width: Annotated[int, option(_HOW, "Other heads: width of the transformer (1024 in the paper).", min=4)] = 128,
+    depth: Annotated[int, option(_HOW, "Other heads: its blocks (2 in the paper).", min=1)] = 2,
+    updates: Annotated[int, option(_HOW, "Other heads: at most so many updates of the weights.", min=1)] = 2000,
+    batch: Annotated[int, option(_HOW, "Other heads: images in an update.", min=2)] = 128,
+    lr: Annotated[float, option(_HOW, "Other heads: peak learning rate.", min=0)] = 1e-3,
+    seed: Annotated[int, option(_HOW, "Seed of the noise, the choice of images and the training.")] = 0,
+    count: Annotated[int | None, option(_WHAT, "Images; a folder with fewer is repeated.", min=2, show_default="all")] = None,
+    resume: Annotated[bool, option(_WHERE, "Go on with the features and the checkpoint in --out.", "--resume")] = False,
+    dry_run: Annotated[bool, option(_WHERE, "Say what would be done, and stop.", "--dry-run")] = False,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Output, Quiet, check_device, command
+from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Output, Quiet, check_device, command, option
 
 if TYPE_CHECKING:
     from genkit.guidance.training import TokenConfig, TrainedToken
@@ -19,44 +19,40 @@ SHEET = "tokens.png"
 SHEET_SEEDS = range(1000, 1006)
 
 
-def _option(panel: str, text: str, *names: str, **arguments: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **arguments)
-
-
 def token(
-    classes: Annotated[str, _option(_WHAT, "Classes of the guide, by name or index: seven,two. [NAME=]CLASS names the token.")],
-    out: Annotated[Path, _option(_WHERE, "Folder for the token files, the pictures, the log and the checkpoint.")],
+    classes: Annotated[str, option(_WHAT, "Classes of the guide, by name or index: seven,two. [NAME=]CLASS names the token.")],
+    out: Annotated[Path, option(_WHERE, "Folder for the token files, the pictures, the log and the checkpoint.")],
     model: Annotated[
-        str, _option(_WHAT, "An embedded model, a folder, or a Hub repository: Stable Diffusion 1.x, 2.x, XL.")
+        str, option(_WHAT, "An embedded model, a folder, or a Hub repository: Stable Diffusion 1.x, 2.x, XL.")
     ] = "digits",
-    guide: Annotated[str, _option(_WHAT, "An embedded classifier, a folder, timm:NAME or torchvision:NAME.")] = "digits-classifier",
-    guide_size: Annotated[int | None, _option(_WHAT, "Resize to this many pixels for the guide.", min=1)] = None,
-    guide_preprocess: Annotated[str, _option(_WHAT, "none ([-1, 1] as it is) or imagenet.")] = "none",
-    attribute: Annotated[str | None, _option(_WHAT, "Attribute of an embedded classifier: digit, ink or paper.")] = None,
+    guide: Annotated[str, option(_WHAT, "An embedded classifier, a folder, timm:NAME or torchvision:NAME.")] = "digits-classifier",
+    guide_size: Annotated[int | None, option(_WHAT, "Resize to this many pixels for the guide.", min=1)] = None,
+    guide_preprocess: Annotated[str, option(_WHAT, "none ([-1, 1] as it is) or imagenet.")] = "none",
+    attribute: Annotated[str | None, option(_WHAT, "Attribute of an embedded classifier: digit, ink or paper.")] = None,
     prompt: Annotated[
         list[str] | None,
-        _option(_WHAT, "Prompt with {token} where the word goes. Repeat it for several.", show_default="a photo of a {token}"),
+        option(_WHAT, "Prompt with {token} where the word goes. Repeat it for several.", show_default="a photo of a {token}"),
     ] = None,
     init: Annotated[
         str | None,
-        _option(_WHAT, "Word to start from; one of the kind is best.", show_default="an embedded guide's attribute (digit), or a"),
+        option(_WHAT, "Word to start from; one of the kind is best.", show_default="an embedded guide's attribute (digit), or a"),
     ] = None,
-    vectors: Annotated[int | None, _option(_WHAT, "Embedding vectors of a token.", show_default="1")] = None,
-    updates: Annotated[int | None, _option(_HOW, "At most so many updates.", show_default="50")] = None,
-    k: Annotated[int | None, _option(_HOW, "Differentiate the last K network evaluations.", show_default="2")] = None,
-    steps: Annotated[int | None, _option(_HOW, "Sampling steps of the training images.", show_default="12")] = None,
-    sampler: Annotated[str | None, _option(_HOW, "As for `genkit sample`.", show_default="the model's own")] = None,
-    cfg: Annotated[float | None, _option(_HOW, "Classifier-free guidance.", show_default="2")] = None,
-    batch: Annotated[int | None, _option(_HOW, "Images of each class an update.", show_default="16")] = None,
+    vectors: Annotated[int | None, option(_WHAT, "Embedding vectors of a token.", show_default="1")] = None,
+    updates: Annotated[int | None, option(_HOW, "At most so many updates.", show_default="50")] = None,
+    k: Annotated[int | None, option(_HOW, "Differentiate the last K network evaluations.", show_default="2")] = None,
+    steps: Annotated[int | None, option(_HOW, "Sampling steps of the training images.", show_default="12")] = None,
+    sampler: Annotated[str | None, option(_HOW, "As for `genkit sample`.", show_default="the model's own")] = None,
+    cfg: Annotated[float | None, option(_HOW, "Classifier-free guidance.", show_default="2")] = None,
+    batch: Annotated[int | None, option(_HOW, "Images of each class an update.", show_default="16")] = None,
     lr: Annotated[
-        float | None, _option(_HOW, "Learning rate, relative to the size of the embedding to start from.", show_default="0.1")
+        float | None, option(_HOW, "Learning rate, relative to the size of the embedding to start from.", show_default="0.1")
     ] = None,
-    seed: Annotated[int, _option(_HOW, "Seed of the training noise.")] = 0,
-    gradient_checkpointing: Annotated[bool, _option(_MACHINE, "Less memory for more time.", "--gradient-checkpointing")] = False,
-    resume: Annotated[bool, _option(_WHERE, "Go on from the checkpoint in --out.", "--resume")] = False,
-    dry_run: Annotated[bool, _option(_WHERE, "Say what would be trained, and stop.", "--dry-run")] = False,
+    seed: Annotated[int, option(_HOW, "Seed of the training noise.")] = 0,
+    gradient_checkpointing: Annotated[bool, option(_MACHINE, "Less memory for more time.", "--gradient-checkpointing")] = False,
+    resume: Annotated[bool, option(_WHERE, "Go on from the checkpoint in --out.", "--resume")] = False,
+    dry_run: Annotated[bool, option(_WHERE, "Say what would be trained, and stop.", "--dry-run")] = False,
     device: Device = "auto",
-    dtype: Annotated[str, _option(_MACHINE, "float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, option(_MACHINE, "float32 or bfloat16.")] = "float32",
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

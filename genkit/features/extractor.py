@@ -11,8 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from genkit import noise as noises
 from genkit.denoisers import Cond, Denoiser
+from genkit.denoisers.modes import evaluating
 from genkit.denoisers.text import TextDenoiser
 from genkit.features.taps import Tap, as_map, resolve_taps, tapped
 from genkit.levels import Level, training_level
@@ -124,7 +124,7 @@ class FeatureExtractor:
         Raises:
             ValueError: neither or both of images and latents, wrong shapes, or a tap that did not run.
         """
-        with torch.set_grad_enabled(grad), _evaluating(self.denoiser.network):
+        with torch.set_grad_enabled(grad), evaluating(self.denoiser.network):
             x0 = self._clean(images, latents)
             draws = [self.draw(x0, k, cond, indices=indices, inject=inject) for k in range(self.draws)]
             return draws[0] if len(draws) == 1 else {name: torch.stack([d[name] for d in draws]).mean(0) for name in draws[0]}
@@ -172,7 +172,7 @@ class FeatureExtractor:
         """
         shape = self.denoiser.latent_shape(height, width)
         x0 = torch.zeros(1, *shape, device="meta")
-        with torch.no_grad(), _evaluating(self.denoiser.network):
+        with torch.no_grad(), evaluating(self.denoiser.network):
             shell = _on_meta(self.denoiser)
             found = self._run(shell, x0, x0, self.levels[0], self._null.to("meta"), None)
         infos = []
@@ -265,19 +265,6 @@ def _level(scheduler: Any, t: int) -> Level:
         raise ValueError(f"t={t} is out of range. Give a timestep from 0 up to {count - 1}.")
     # The middle of timestep t, so that rounding cannot take it for its neighbour.
     return training_level(scheduler, [(t + 0.5) / count])
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """The network without dropout inside the block; modules that were in training go back to it."""
-    modules = [module for module in network.modules() if module.training]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.training = True
 
 
 def _on_meta(denoiser: Denoiser) -> Denoiser:

@@ -166,14 +166,15 @@ class Board:
         """The outcome, with `arm` as the winner."""
         counts = (~np.isnan(self.losses)).sum(1)
         scores = np.full(len(counts), np.inf)
-        others = [j for j in np.flatnonzero(counts) if j != arm]
+        others = [int(j) for j in np.flatnonzero(counts) if j != arm]
         scores[arm] = np.nanmean(self.losses[arm])
         for j in others:
             gap = self.losses[j] - self.losses[arm]
             # Arms of a tree may have no pair in common with the winner.
             scores[j] = scores[arm] + np.nanmean(gap) if (~np.isnan(gap)).any() else np.nanmean(self.losses[j])
         rivals = [j for j in others if self.groups[j] != self.groups[arm]]
-        bound = float(sum(self.dropped[j] if j in self.dropped else self.p_values([j], arm)[0] for j in rivals)) * self.looks
+        doubts = [self.dropped[j] if j in self.dropped else float(self.p_values([j], arm)[0]) for j in rivals]
+        bound = sum(doubts) * self.looks
         return Verdict(arm, scores, counts, self.evaluations, min(1.0, bound), self.rounds)
 
 

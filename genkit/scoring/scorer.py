@@ -120,7 +120,7 @@ class Scorer:
         with torch.no_grad():
             index = torch.as_tensor(self._padded(rows), device=self.denoiser.device)
             condition = Cond({k: v[index] for k, v in cond.tensors.items()})
-            values = row_losses(self.denoiser, *self._inputs(x0, self._padded(pairs)), condition, self.metric)
+            values = self._rows(x0, self._padded(pairs), condition)
         return self._weighted(values[: len(rows)], pairs)
 
     def slopes(self, x0: Tensor, cond: Cond, weights: Tensor, pairs: np.ndarray) -> np.ndarray:
@@ -128,19 +128,19 @@ class Scorer:
         with torch.enable_grad():
             weights = weights.to(self.denoiser.device).requires_grad_(True)
             with mixed(self.denoiser, cond, weights) as condition:
-                values = row_losses(self.denoiser, *self._inputs(x0, pairs), condition, self.metric)
+                values = self._rows(x0, pairs, condition)
                 (gradient,) = torch.autograd.grad(values.sum(), weights)
         return gradient.double().cpu().numpy() * self._pair_weights(pairs)[:, None]
 
-    def _inputs(self, x0: Tensor, pairs: np.ndarray) -> tuple[Tensor, ...]:
-        """x0, level and eps of a batch, padded to the length of `pairs`."""
+    def _rows(self, x0: Tensor, pairs: np.ndarray, cond: Cond) -> Tensor:
+        """Losses of a batch, whose samples are repeated up to the length of `pairs`."""
         plan = self.pairs(x0.shape[1:])
         missing = [i for i in dict.fromkeys(pairs.tolist()) if i not in self._noise]
         if missing:
             self._noise |= dict(zip(missing, plan.noise(missing), strict=True))
         eps = torch.stack([self._noise[i] for i in pairs.tolist()]).to(x0)
         x0 = torch.cat([x0, x0[-1:].expand(len(pairs) - len(x0), *x0.shape[1:])]) if len(pairs) > len(x0) else x0
-        return x0, plan.level[torch.from_numpy(pairs)], eps  # type: ignore[return-value]
+        return row_losses(self.denoiser, x0, plan.level[torch.from_numpy(pairs)], eps, cond, self.metric)
 
     def _padded(self, values: np.ndarray) -> np.ndarray:
         """The values, the last one repeated up to the next power of two, or up to the batch size."""
