@@ -18,7 +18,7 @@ def classify(
     labels: Annotated[
         str | None,
         option(
-            _WHAT, "Labels, as in cat,dog; of class-conditional models numbers or names.", show_default="the ten digits, for digits"
+            _WHAT, "Labels, as in cat,dog; of class-conditional models numbers or names.", show_default="those of the model's card"
         ),
     ] = None,
     labels_file: Annotated[Path | None, option(_WHAT, "UTF-8 text file with a label on each line; # starts a comment.")] = None,
@@ -27,7 +27,7 @@ def classify(
         option(
             _WHAT,
             "Template, taken as it is, with {} for the label. Repeat it for several prompts a label.",
-            show_default='"a photo of a {}"; for digits "a {}", with "an" where it belongs',
+            show_default='"a photo of a {}", or the prompts of the model\'s card',
         ),
     ] = None,
     model: Annotated[str, option(_WHAT, "An embedded model (`genkit zoo list`), a folder, or a Hub repository.")] = "digits",
@@ -117,35 +117,43 @@ def classify(
         )
 
 
+def _class_prompts(model: str) -> dict[str, str]:
+    """The prompt of each class that the model was made for, where its card says so (`digits`, generative classifiers)."""
+    from genkit import zoo
+
+    known = zoo.card(model).get("class_prompts", {}) if model in zoo.names() or Path(model).is_dir() else {}
+    if not isinstance(known, dict):
+        raise ValueError(f"The class_prompts of {model!r} are no mapping of labels to prompts. Repair its card.json.")
+    return {str(label): str(prompt) for label, prompt in known.items()}
+
+
 def _labels(text: str | None, file: Path | None, model: str) -> list[str]:
-    """The labels of the command line and the file.
+    """The labels of the command line and the file, or those of the model's card.
 
     Raises:
         OSError, ValueError: the file is missing, not UTF-8 or holds no label; too few labels, one twice.
     """
     from genkit.cli.sample import _read_prompts
-    from genkit.data.digits import DIGITS
     from genkit.pipelines.classes import check_labels
 
     if text is None and file is None:
-        if model == "digits":
-            return list(DIGITS)
-        raise ValueError("There are no labels. Say what to tell apart: --labels cat,dog, or --labels-file FILE.")
+        known = list(_class_prompts(model))
+        if not known:
+            raise ValueError("There are no labels. Say what to tell apart: --labels cat,dog, or --labels-file FILE.")
+        return check_labels(known)
     given = [part.strip() for part in (text or "").split(",") if part.strip()]
     return check_labels(_read_prompts(given, file, what="label"))
 
 
 def _texts(names: list[str], templates: list[str] | None, model: str) -> dict[str, Any]:
-    """How the pipeline gets the labels: with templates, or with the prompts of `digits`."""
-    from genkit.data.digits import with_articles
+    """How the pipeline gets the labels: with templates, or with the prompts of the model's card if it knows them all."""
     from genkit.pipelines.classes import fill_template
 
     if templates:
         fill_template(names, templates)
         return {"labels": names, "template": templates}
-    if model == "digits":
-        return {"prompts": {name: with_articles(f"a {name}") for name in names}}
-    return {"labels": names}
+    known = _class_prompts(model)
+    return {"prompts": {name: known[name] for name in names}} if set(names) <= set(known) else {"labels": names}
 
 
 def _prior(text: str | None) -> dict[str, float] | None:

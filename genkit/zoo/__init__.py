@@ -49,20 +49,21 @@ def path(name: str) -> Path:
 
 
 def card(name: str) -> dict[str, Any]:
-    """The card of an embedded model: what it is, data, licence, training and measured quality. Empty if it has none.
+    """The card of an embedded model or of a model's folder: what it is, data, licence, training, measured quality. Empty if it
+    has none.
 
     Raises:
         ValueError: no such model, or its card is not a JSON object.
     """
-    file = path(name) / "card.json"
+    file = (Path(name) if name not in names() and Path(name).is_dir() else path(name)) / "card.json"
     if not file.is_file():
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"The card {file} is not JSON ({error}). Reinstall genkit.") from error
+        raise ValueError(f"The card {file} is not JSON ({error}). Repair or remove it.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"The card {file} is not a JSON object. Reinstall genkit.")
+        raise ValueError(f"The card {file} is not a JSON object. Repair or remove it.")
     return content
 
 

@@ -80,7 +80,7 @@ def train_class_conditional(
     device: str = "cpu",
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Train the model; save it to `folder` with a card, `card.json`, that names the classes and the template of the prompts.
+    """Train the model; save it to `folder` with a card, `card.json`, that has the prompt and the number of pictures of each class.
 
     Args:
         source: labelled pictures; the labels are the class names.
@@ -281,9 +281,8 @@ def _card(
     best = min((line for line in lines if "validation" in line), key=lambda line: line["validation"]["loss"])
     return {
         "what": f"generative classifier: class-conditional latent diffusion, {len(classes)} classes, {size} x {size}",
-        "classes": classes,
+        "class_prompts": {name: name for name in classes},
         "counts": [labels.count(name) for name in classes],
-        "template": "{}",
         "data": source.name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "vae": config.vae,
