@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from genkit import zoo
 from genkit.cli.app import app
 from genkit.journal import Journal
 from genkit.pipelines import DiffusionClassifierPipeline
@@ -221,106 +220,6 @@ def test_the_card_of_a_model_has_labels_and_prompts(folder: Path, tiny_folder: P
     assert own["prompts"] == {"cat": "a red cat", "seven": "a seven"}
     (model / "card.json").write_text('{"class_prompts": ["cat"]}')
     assert "are no mapping of labels to prompts" in classify(folder, "--model", model, "--dry-run", code=2).output
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (["--policy", "race"], "was made with policy 'exhaustive', but this run has policy 'race'"),
-        (["--prompt", "the {}"], "was made with template ['a {}'], but this run has template ['a {}', 'the {}']"),
-        (["--seed", 7], "'seed': 42}, but this run has plan {'count': 4, 'weighting': 'uniform', 'seed': 7}"),
-    ],
-)
-def test_resume_refuses_other_settings(folder, options, tmp_path, change, says) -> None:
-    line = (folder, *options, "--out", tmp_path / "out.json")
-    classify(*line)
-    before = (tmp_path / "out.jsonl").read_bytes()
-    assert says in classify(*line, *change, "--resume", code=2).stderr
-    assert (tmp_path / "out.jsonl").read_bytes() == before
-    classify(*line, "--resume", "--batch", 3, "--device", "cpu")  # these decide no result
-
-
-def test_a_file_that_is_no_journal(folder: Path, options: tuple[object, ...], tmp_path: Path) -> None:
-    (tmp_path / "out.jsonl").write_text('{"mine": 1}\n')
-    assert "is no journal of genkit" in classify(folder, *options, "--out", tmp_path / "out.json", "--resume", code=2).stderr
-    assert (tmp_path / "out.jsonl").read_text() == '{"mine": 1}\n'
-
-
-def test_interrupted(folder: Path, options: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Journal.append
-
-    def interrupt_after_two(self: Journal, record: dict) -> None:
-        original(self, record)
-        if len(self.records()) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Journal, "append", interrupt_after_two)
-    line = (folder, *options, "--out", tmp_path / "out.json")
-    result = classify(*line, "--json", code=130)
-    assert "Interrupted after 2 of 6 images. Repeat with --resume to finish." in result.stderr
-    document = json.loads(result.stdout)
-    assert document["interrupted"]
-    assert len(document["results"]) == 2
-    assert not (tmp_path / "out.json").exists()
-    monkeypatch.undo()
-    assert len(json.loads(classify(*line, "--resume", "--json").stdout)["results"]) == 6
-
-
-def test_one_bad_image_costs_no_other(folder: Path, options: tuple[object, ...], tmp_path: Path) -> None:
-    (folder / "cat" / "0.png").write_bytes(b"no image")
-    Image.new("RGBA", (9, 9)).save(folder / "cat" / "clear.png")
-    frames = [Image.new("RGB", (9, 9), color) for color in ("red", "blue")]
-    frames[0].save(folder / "cat" / "moves.gif", save_all=True, append_images=frames[1:])
-    result = classify(folder, *options, "--json", "--out", tmp_path / "out.csv", code=3)
-    document = json.loads(result.stdout)
-    assert len(document["results"]) == 8
-    assert [failed["image"] for failed in document["failed"]] == [str(folder / "cat" / "0.png")]
-    assert "0.png' cannot be read" in result.stderr
-    assert "clear.png' is transparent; it is put on white." in result.stderr
-    assert "moves.gif' has several frames; the first one is read." in result.stderr
-    Image.new("RGB", (9, 9)).save(folder / "cat" / "0.png")
-    assert len(json.loads(classify(folder, *options, "--json", "--out", tmp_path / "out.csv", "--resume").stdout)["results"]) == 9
-
-
-def test_only_bad_images(tmp_path: Path, options: tuple[object, ...]) -> None:
-    (tmp_path / "a.png").write_bytes(b"no image")
-    result = classify(tmp_path, *options, "--out", tmp_path / "out.csv", code=2)
-    assert "a.png' cannot be read" in result.stderr
-    assert not (tmp_path / "out.csv").exists()
-
-
-def test_tree_prior_pmi_and_several_prompts(folder: Path, options: tuple[object, ...], tmp_path: Path) -> None:
-    (tmp_path / "tree.json").write_text(json.dumps({"a red": ["seven"], "a yellow": ["cat"]}))
-    tree = json.loads(classify(folder, *options, "--policy", "tree", "--hierarchy", tmp_path / "tree.json", "--json").stdout)
-    for result in tree["results"]:
-        assert sorted(score is None for score in result["scores"].values()) == [False, True]
-    more = ["--prior", "seven=0.9, cat=0.1", "--pmi", "--prompt", "a red {}", "--reduce", "mean", "--weighting", "elbo"]
-    document = json.loads(classify(folder, *options, *more, "--json").stdout)
-    assert document["results"][0]["evaluations"] == 2 * 2 * 4 + 4
-
-
-def test_labels_of_a_file(folder: Path, options: tuple[object, ...], tmp_path: Path) -> None:
-    (tmp_path / "labels.txt").write_text("# animals\nthree\n\n")
-    document = json.loads(classify(folder, *options, "--labels-file", tmp_path / "labels.txt", "--json").stdout)
-    assert set(document["results"][0]["scores"]) == {"seven", "cat", "three"}
-
-
-def test_dry_run(folder: Path, options: tuple[object, ...], tmp_path: Path) -> None:
-    document = json.loads(classify(folder, *options, "--dry-run", "--json").stdout)
-    assert document["count"] == 6
-    assert document["most_evaluations"] == 8
-    assert document["accuracy"]
-    assert "Would classify 6 images into 2 labels (seven, cat) by exhaustive" in classify(folder, *options, "--dry-run").stdout
-
-
-def test_digits_have_labels_and_prompts_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
-    monkeypatch.setattr(zoo, "names", lambda: ["digits"])
-    monkeypatch.setattr(zoo, "ROOT", tiny_folder.parent)
-    monkeypatch.setattr(zoo, "path", lambda name: tiny_folder)
-    document = json.loads(classify(folder, "--dry-run", "--json").stdout)
-    assert len(document["prompts"]) == 10
-    assert document["prompts"]["eight"] == "an eight"
-    assert json.loads(classify(folder, "--labels", "1,2", "--prompt", "a {}", "--dry-run", "--json").stdout)["template"] == ["a {}"]
 
 
 @pytest.mark.parametrize(
