@@ -103,7 +103,7 @@ def classifier_diffusion(
             ranks.leave()
         if ranks.leads:
             kept = card["kept"]
-            text = f"Trained a diffusion model of {len(card['classes'])} classes: {out}  "
+            text = f"Trained a diffusion model of {len(card['class_prompts'])} classes: {out}  "
             output.result({**plan, **card}, text + f"(step {kept['step']:,}, validation loss {kept['validation_loss']:.4f})")
 
 
