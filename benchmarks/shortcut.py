@@ -1,11 +1,11 @@
 """Shortcuts: a generative classifier against a discriminative one of the same size, where the ink tells the digit in training only.
 
-    python benchmarks/shortcut.py [--generative DIR] [--discriminative DIR] [--pairs 20] [--out benchmarks/results/shortcut.json]
+    python benchmarks/shortcut.py [--generative DIR] [--discriminative DIR] [--pairs 64] [--out benchmarks/results/shortcut.json]
 
 Both see the same 3,600 pictures of `genkit.data.shortcut`, without augmentation, and the weights of both are chosen on the same
 in-distribution validation pictures. A folder that holds no finished model is trained into first, an interrupted run goes on. The
 generative one is what `genkit train classifier-diffusion --channels 32,64 --steps 6000 --batch 128 --no-bf16` makes. Its label is
-argmin_y of the mean diffusion loss over T minus log p(y), all classes on the same pairs; T and the weighting (one of `WEIGHTINGS`)
+argmin_y of the mean diffusion loss over T minus log p(y), all classes on the same pairs; T and the plan (one of `PLANS`)
 are those that are best in validation. Losses are kept split by split in its folder, so a run can be interrupted.
 """
 
@@ -35,15 +35,15 @@ from genkit.runner import load
 from genkit.scoring import PairPlan, Scorer, fit_temperature, posterior
 from genkit.training import TrainConfig, fit
 from genkit.zoo.training.class_conditional import TRAIN, ClassConditionalConfig, train_class_conditional
-from genkit.zoo.training.text_to_latent import scheduler
 
-# "middle" leaves out where everything is visible, so that the class should not matter, and where next to nothing is.
-WEIGHTINGS: dict[str, Any] = {
-    "uniform": "uniform",
-    "elbo": "elbo",
-    "middle": lambda log_snr: ((log_snr > -3) & (log_snr < 2)).double(),
+# What may be scored, by name; validation chooses. The middle leaves out low noise, where everything is visible and the class should
+# not matter, and high noise, where next to nothing is.
+PLANS: dict[str, dict[str, Any]] = {
+    "uniform": {},
+    "elbo": {"weighting": "elbo"},
+    "middle": {"span": (0.35, 0.8)},
+    "narrow middle": {"span": (0.45, 0.65)},
 }
-LATENT = (4, 8, 8)
 REPORTED = ("test_ood", "test_id")
 COLUMNS = (
     ("test_id", "accuracy"), ("test_id", "worst_group"), ("test_ood", "accuracy"), ("test_ood", "class_balanced"),
@@ -91,21 +91,21 @@ def train_discriminative(folder: Path, device: str) -> None:
     best.to("cpu").save_pretrained(folder)
 
 
-def diffusion_losses(folder: Path, split: str, pairs: int, device: str) -> np.ndarray:
-    """Unweighted losses (N, K, n) of all pictures of a split, all classes and pairs; kept in the folder."""
-    file = folder / "losses" / f"{split}-{pairs}.npy"
+def diffusion_losses(folder: Path, split: str, plan: str, pairs: int, device: str) -> np.ndarray:
+    """Weighted losses (N, K) of all pictures of a split and all classes, averaged over the pairs of a plan; kept in the folder."""
+    file = folder / "losses" / f"{split}-{plan.replace(' ', '-')}-{pairs}.npy"
     if not file.exists():
         denoiser = load(str(folder), device=device).denoiser
-        scorer = Scorer(denoiser, PairPlan(count=pairs))
+        scorer = Scorer(denoiser, PairPlan(count=pairs, **PLANS[plan]))
         cond = denoiser.condition(prompts=list(shortcut.CLASSES))
         tables = []
         with progress() as bar:
             images = shortcut.load(split).images
-            task = bar.add_task(f"losses of {split}", total=len(images))
+            task = bar.add_task(f"losses of {split}, {plan}", total=len(images))
             for part in images.split(20):
                 with torch.no_grad():
                     latents = denoiser.encode(part.to(device))
-                tables.append(scorer.table(latents, cond))
+                tables.append(scorer.table(latents, cond).mean(2))
                 bar.update(task, advance=len(part))
         file.parent.mkdir(exist_ok=True)
         np.save(file, torch.cat(tables).numpy())
@@ -117,24 +117,20 @@ def generative_labels(folder: Path, pairs: int, device: str) -> tuple[dict[str, 
     counts = json.loads((folder / "card.json").read_text())["counts"]
     prior = np.array(counts) / sum(counts)
     truth = shortcut.load("val").digit.numpy()
-    shape = diffusion_losses(folder, "val", pairs, device).shape
-
-    def scores(split: str, weighting: str) -> np.ndarray:
-        weight = PairPlan(count=pairs, weighting=WEIGHTINGS[weighting]).pairs(scheduler(), LATENT).weight.numpy()
-        return (diffusion_losses(folder, split, pairs, device) * weight).mean(2)
-
     choices = []
-    for weighting in WEIGHTINGS:
-        table = scores("val", weighting)
+    for plan in PLANS:
+        table = diffusion_losses(folder, "val", plan, pairs, device)
         temperature = fit_temperature(table, truth, prior)
         probabilities = posterior(table, temperature, prior)
         right = float((probabilities.argmax(1) == truth).mean())
         # Accuracy decides; of equals the more probable labels.
         likelihood = float(np.log(probabilities[np.arange(len(truth)), truth]).mean())
-        choices.append((right, likelihood, weighting, temperature))
-    _, _, weighting, temperature = max(choices)
-    labels = {split: posterior(scores(split, weighting), temperature, prior).argmax(1) for split in REPORTED}
-    how = {"weighting": weighting, "temperature": temperature, "evaluations_per_picture": shape[1] * shape[2]}
+        choices.append((right, likelihood, plan, temperature))
+    _, _, plan, temperature = max(choices)
+    labels = {
+        split: posterior(diffusion_losses(folder, split, plan, pairs, device), temperature, prior).argmax(1) for split in REPORTED
+    }
+    how = {"plan": plan, "temperature": temperature, "evaluations_per_picture": pairs * len(shortcut.CLASSES)}
     return labels, how | {"validation_accuracy": {choice[2]: choice[0] for choice in choices}}
 
 
@@ -186,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generative", type=Path, default=Path("runs/shortcut/generative"))
     parser.add_argument("--discriminative", type=Path, default=Path("runs/shortcut/discriminative"))
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", choices=("generative", "discriminative"), help="train and measure this one, write nothing")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/shortcut.json"))
