@@ -101,9 +101,10 @@ def classify(
             output.mute()
         _check_model(model, allow_pickle)
         files = find_pictures(images)
-        names = _labels(labels, labels_file, model)
+        known = _class_prompts(model)
+        names = _labels(labels, labels_file, known)
         settings = {
-            "model": model, "dtype": dtype, **_texts(names, prompt, model), "policy": policy, "budget": budget, "alpha": alpha,
+            "model": model, "dtype": dtype, **_texts(names, prompt, known), "policy": policy, "budget": budget, "alpha": alpha,
             "metric": metric, "reduce": reduce, "prior": _prior(prior), "temperature": temperature, "pmi": pmi,
             "hierarchy": _hierarchy(hierarchy), "plan": {"count": pairs, "weighting": weighting, "seed": seed},
         }  # fmt: skip
@@ -127,7 +128,7 @@ def _class_prompts(model: str) -> dict[str, str]:
     return {str(label): str(prompt) for label, prompt in known.items()}
 
 
-def _labels(text: str | None, file: Path | None, model: str) -> list[str]:
+def _labels(text: str | None, file: Path | None, known: dict[str, str]) -> list[str]:
     """The labels of the command line and the file, or those of the model's card.
 
     Raises:
@@ -137,22 +138,20 @@ def _labels(text: str | None, file: Path | None, model: str) -> list[str]:
     from genkit.pipelines.classes import check_labels
 
     if text is None and file is None:
-        known = list(_class_prompts(model))
         if not known:
             raise ValueError("There are no labels. Say what to tell apart: --labels cat,dog, or --labels-file FILE.")
-        return check_labels(known)
+        return check_labels(list(known))
     given = [part.strip() for part in (text or "").split(",") if part.strip()]
     return check_labels(_read_prompts(given, file, what="label"))
 
 
-def _texts(names: list[str], templates: list[str] | None, model: str) -> dict[str, Any]:
+def _texts(names: list[str], templates: list[str] | None, known: dict[str, str]) -> dict[str, Any]:
     """How the pipeline gets the labels: with templates, or with the prompts of the model's card if it knows them all."""
     from genkit.pipelines.classes import fill_template
 
     if templates:
         fill_template(names, templates)
         return {"labels": names, "template": templates}
-    known = _class_prompts(model)
     return {"prompts": {name: known[name] for name in names}} if set(names) <= set(known) else {"labels": names}
 
 

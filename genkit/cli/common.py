@@ -9,9 +9,12 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from genkit.ranks import Ranks
 
 BROKEN, BAD_INPUT, PARTLY, INTERRUPTED = 1, 2, 3, 130
 
@@ -91,6 +94,36 @@ def command(*, as_json: bool, quiet: bool, debug: bool) -> Iterator[Output]:
         _fail(output, f"{type(error).__name__}: {error}\n{_advice(error)}", BROKEN)
     finally:
         console.quiet = before
+
+
+@contextmanager
+def resumable(output: Output, document: dict[str, Any], ranks: Ranks, *, after: str = "with what is there") -> Iterator[None]:
+    """Work of several processes that goes on with --resume: Ctrl-C says so and is exit code 130; the processes part at the end.
+
+    Args:
+        document: what `--json` prints of an interrupted run.
+        after: where the work goes on, for the message.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        output.note(f"Interrupted. Repeat the command with --resume to go on {after}.")
+        output.result({**document, "interrupted": True})
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        ranks.leave()
+
+
+def positive_numbers(name: str, text: str, example: str) -> tuple[int, ...]:
+    """The numbers of an option such as "10,30".
+
+    Raises:
+        ValueError: not a list of positive numbers.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"{name} {text!r} is not a list of positive numbers, as in {example}.")
+    return tuple(int(part) for part in parts)
 
 
 def _advice(error: Exception) -> str:

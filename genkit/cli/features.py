@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Output, Quiet, check_device, command, option
+from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, command, option, resumable
 
 if TYPE_CHECKING:
     from genkit.ranks import Ranks
@@ -72,14 +72,8 @@ def features(
         if dry_run:
             output.result(plan, f"Would save features of {data} at {taps} and t {t} of {model} into {out}.")
             return
-        try:
+        with resumable(output, plan, ranks):
             document = _extract(output, plan, out, ranks, count=count, resume=resume, device=device, dtype=dtype, batch=batch)
-        except KeyboardInterrupt:
-            output.note("Interrupted. Repeat the command with --resume to go on with what is there.")
-            output.result({**plan, "interrupted": True})
-            raise typer.Exit(INTERRUPTED) from None
-        finally:
-            ranks.leave()
         shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in document["shapes"].items())
         output.result(document, f"Features of {document['images']:,} images in {out}: {shapes}")
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Quiet, check_device, command, option
+from genkit.cli.common import Debug, Device, Json, Quiet, check_device, command, option, positive_numbers, resumable
 
 if TYPE_CHECKING:
     from genkit.ranks import Ranks
@@ -59,7 +57,7 @@ def classifier_diffusion(
 
         [bold]genkit train classifier-diffusion --data photos/train --val photos/val --out runs/photos[/bold]
 
-        [bold]genkit classify photos/test --model runs/photos --prompt "{}"[/bold]
+        [bold]genkit classify photos/test --model runs/photos[/bold]
     """
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
         from genkit.data.source import open_source
@@ -69,7 +67,7 @@ def classifier_diffusion(
         ranks = Ranks.from_environment()
         if not ranks.leads:
             output.mute()
-        widths = _widths(channels)
+        widths = positive_numbers("--channels", channels, "64,128")
         for folder in filter(None, (data, val)):
             if not folder.is_dir():
                 raise ValueError(f"There is no folder {str(folder)!r}. Give one whose subfolders are the classes.")
@@ -93,25 +91,12 @@ def classifier_diffusion(
             what = f"{len(classes)} classes, {len(source):,} pictures"
             output.result(plan, f"Would train a diffusion model of {data} ({what}) for {steps:,} steps into {out}.")
             return
-        try:
+        with resumable(output, plan, ranks, after="from the last checkpoint"):
             card = _train(source, validation, config, out, ranks, device=device, resume=resume, quiet=quiet)
-        except KeyboardInterrupt:
-            output.note("Interrupted. Repeat the command with --resume to go on from the last checkpoint.")
-            output.result({**plan, "interrupted": True})
-            raise typer.Exit(INTERRUPTED) from None
-        finally:
-            ranks.leave()
         if ranks.leads:
             kept = card["kept"]
             text = f"Trained a diffusion model of {len(card['class_prompts'])} classes: {out}  "
             output.result({**plan, **card}, text + f"(step {kept['step']:,}, validation loss {kept['validation_loss']:.4f})")
-
-
-def _widths(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"--channels {text!r} is not a list of positive numbers, as in 64,128.")
-    return tuple(int(part) for part in parts)
 
 
 def _train(

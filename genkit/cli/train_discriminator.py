@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Output, Quiet, check_device, command, option
+from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, command, option, positive_numbers, resumable
 
 if TYPE_CHECKING:
     from genkit.guidance.training import DiscriminatorConfig
@@ -77,7 +75,7 @@ def discriminator(
         ranks = Ranks.from_environment()
         if not ranks.leads:
             output.mute()
-        counts = _counts(steps)
+        counts = positive_numbers("--steps", steps, "10,30")
         plan = {
             "model": model, "data": data, "folder": str(out), "count": count, "steps": list(counts), "sampler": sampler, "cfg": cfg,
             "extractor": None if extractor == "none" else extractor, "updates": updates,
@@ -99,24 +97,11 @@ def discriminator(
             conditional=conditional,
             train=TrainConfig(steps=updates, batch_size=batch, lr=lr, ema_decay=ema, patience=patience, seed=seed),
         )  # fmt: skip
-        try:
+        with resumable(output, plan, ranks):
             figures = _train(output, plan, config, out, ranks, device=device, dtype=dtype, sample_batch=sample_batch, resume=resume)
-        except KeyboardInterrupt:
-            output.note("Interrupted. Repeat the command with --resume to go on with what is there.")
-            output.result({**plan, "interrupted": True})
-            raise typer.Exit(INTERRUPTED) from None
-        finally:
-            ranks.leave()
         output.result(
             {**plan, **figures}, f"Trained a discriminator: {out}  (validation loss {figures['loss']:.4f}; chance is 0.6931)"
         )
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"--steps {text!r} is not a list of positive numbers, as in 10,30.")
-    return tuple(int(part) for part in parts)
 
 
 def _train(

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Output, Quiet, check_device, command, option
+from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, command, option, resumable
 from genkit.cli.features import open_data, parse_taps, parse_times
 
 if TYPE_CHECKING:
@@ -87,14 +85,8 @@ def probe(
         if dry_run:
             output.result(plan, f"Would train a {head} probe on {data} at {taps} and t {t} of {model} into {out}.")
             return
-        try:
+        with resumable(output, plan, ranks):
             figures = _train(output, plan, config, out, ranks, count=count, resume=resume, device=device)
-        except KeyboardInterrupt:
-            output.note("Interrupted. Repeat the command with --resume to go on with what is there.")
-            output.result({**plan, "interrupted": True})
-            raise typer.Exit(INTERRUPTED) from None
-        finally:
-            ranks.leave()
         text = f"Trained the {head} probe on {figures['images']:,} images: {out}  (validation accuracy {figures['accuracy']:.1%}"
         text += ")" if figures["test_accuracy"] is None else f"; {figures['test_accuracy']:.1%} on {plan['test']})"
         output.result({**plan, **figures}, text)

@@ -35,21 +35,10 @@ class AgainstNull(Policy):
     def narrow(self, board: Board, arms: list[int], keep: int) -> Narrowing:
         return (yield from self.inner.narrow(board, arms, keep))
 
-    def search(
-        self,
-        arms: int,
-        u: np.ndarray,
-        *,
-        offsets: np.ndarray | None = None,
-        groups: np.ndarray | None = None,
-        costs: np.ndarray | None = None,
-    ) -> Search:
-        self.check(arms, len(u))
-        board = Board(u, np.zeros(arms) if offsets is None else np.asarray(offsets, dtype=float), groups, costs)
-        left = yield from self.narrow(board, self.entrants(arms), 1)
-        verdict = board.verdict(left[0])  # before the null condition is on the board, so that the error bound leaves it out
-        seen = np.flatnonzero(~np.isnan(board.losses[left[0]]))
-        yield from board.score([arms - 1], seen)
+    def conclude(self, board: Board, arm: int) -> Search:
+        verdict = board.verdict(arm)  # before the null condition is on the board, so that the error bound leaves it out
+        null, seen = len(board.losses) - 1, np.flatnonzero(~np.isnan(board.losses[arm]))
+        yield from board.score([null], seen)
         scores, counts = verdict.scores.copy(), verdict.counts.copy()
-        scores[-1], counts[-1] = board.losses[arms - 1, seen].mean(), len(seen)
+        scores[-1], counts[-1] = board.losses[null, seen].mean(), len(seen)
         return dataclasses.replace(verdict, scores=scores, counts=counts, evaluations=board.evaluations)

@@ -206,7 +206,12 @@ class Policy(ABC):
         self.check(arms, len(u))
         board = Board(u, np.zeros(arms) if offsets is None else np.asarray(offsets, dtype=float), groups, costs)
         left = yield from self.narrow(board, self.entrants(arms), 1)
-        return board.verdict(left[0])
+        return (yield from self.conclude(board, left[0]))
+
+    def conclude(self, board: Board, arm: int) -> Search:
+        """The verdict with `arm` as the winner; may ask for more losses."""
+        yield from ()
+        return board.verdict(arm)
 
     def entrants(self, arms: int) -> list[int]:
         """The arms that the search begins with."""

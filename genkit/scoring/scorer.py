@@ -2,8 +2,7 @@
 
 Policies ask for losses image by image, and for fewer and fewer as classes drop out. Their items (image, condition, pair) meet in a
 queue, from which batches are filled whatever image they come from, so elimination never starves the device. A loss depends on
-its item
-alone: results do not depend on the batch size, the order of images or classes, or the number of processes (to rounding).
+its item alone: results do not depend on the batch size, the order of images or classes, or the number of processes (to rounding).
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ class Scorer:
             (number of the sample, verdict), in the order in which they are decided.
 
         Raises:
-            FloatingPointError: a loss is NaN or infinite; names sample, condition and timestep.
+            FloatingPointError: a loss is NaN or infinite; names sample, condition and pair.
         """
         rows = [[k] for k in range(len(cond))] if classes is None else [list(c) for c in classes]
         arms = rows if merge else [[k] for row in rows for k in row]
@@ -121,7 +120,7 @@ class Scorer:
             index = torch.as_tensor(self._padded(rows), device=self.denoiser.device)
             condition = Cond({k: v[index] for k, v in cond.tensors.items()})
             values = self._rows(x0, self._padded(pairs), condition)
-        return self._weighted(values[: len(rows)], pairs)
+        return values[: len(rows)].cpu().numpy() * self._pair_weights(pairs)
 
     def slopes(self, x0: Tensor, cond: Cond, weights: Tensor, pairs: np.ndarray) -> np.ndarray:
         """Derivatives (n, K) of the weighted losses in the weights (n, K) of a mixed condition."""
@@ -152,6 +151,3 @@ class Scorer:
     def _pair_weights(self, pairs: np.ndarray) -> np.ndarray:
         assert self._pairs is not None
         return self._pairs.weight.numpy()[pairs]
-
-    def _weighted(self, values: Tensor, pairs: np.ndarray) -> np.ndarray:
-        return values.cpu().numpy() * self._pair_weights(pairs)

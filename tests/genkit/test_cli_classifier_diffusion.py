@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from genkit.zoo.training import class_conditional
 from genkit.zoo.training.class_conditional import ClassConditionalConfig, load_vae, train_class_conditional
 from genkit.zoo.training.tokenizer import class_tokenizer
 from tests import tiny
+from tests.processes import two_processes
 
 QUICK = ["--channels", "16", "--steps", 3, "--batch", 4, "--validate-every", 2, "--device", "cpu"]
 
@@ -217,16 +216,9 @@ def test_learns_to_classify(data: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_share_the_pictures(data: Path, tmp_path: Path) -> None:
-    line = ["-m", "genkit", "train", "classifier-diffusion", "--data", str(data), "--out", str(tmp_path), *map(str, QUICK)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.Popen([*launcher, *line, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        stdout, stderr = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # so that the launcher ends its workers, which a kill would leave behind
-        process.communicate(timeout=60)
-        raise
-    assert process.returncode == 0, stderr
+    line = ["train", "classifier-diffusion", "--data", str(data), "--out", str(tmp_path), *map(str, QUICK)]
+    code, stdout, stderr = two_processes([*line, "--json"])
+    assert code == 0, stderr
     assert json.loads(stdout)["kept"]["step"] in (2, 3)
     # Both validate the same weights on the same pictures, so both keep the same.
     logs = [[json.loads(row) for row in (tmp_path / "training" / f"log{r}.jsonl").read_text().splitlines()] for r in ("", 1)]

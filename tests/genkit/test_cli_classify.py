@@ -6,10 +6,6 @@ import csv
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +16,7 @@ from typer.testing import CliRunner
 from genkit.cli.app import app
 from genkit.journal import Journal
 from genkit.pipelines import DiffusionClassifierPipeline
+from tests.processes import interrupted, two_processes
 
 LABELS = ["seven", "cat"]
 
@@ -276,18 +273,9 @@ def test_accuracy_needs_folders_that_are_labels(folder: Path, options: tuple[obj
 
 def test_two_processes_say_what_one_says(folder: Path, options: tuple[object, ...], tmp_path: Path) -> None:
     (folder / "cat" / "bad.png").write_bytes(b"no image")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "genkit"]
     line = [str(a) for a in ("classify", folder, *options, "--device", "cpu", "--json", "--out")]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*launcher, *line, str(tmp_path / "two.csv")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # so that the launcher ends its workers, which a kill would leave behind
-        process.communicate(timeout=60)
-        raise
+    environment = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    _, stdout, stderr = two_processes([*line, str(tmp_path / "two.csv")], **environment)
     two, one = (json.loads(text) for text in (stdout, CliRunner().invoke(app, [*line, str(tmp_path / "one.csv")]).stdout))
     assert len(two["results"]) == 6, stderr
     assert two["failed"] == one["failed"]
@@ -308,18 +296,9 @@ def test_ctrl_c_keeps_what_is_finished(folder: Path, options: tuple[object, ...]
     for i in range(200):
         Image.new("RGB", (16, 16), (i, 0, 0)).save(folder / "cat" / f"more{i}.png")
     line = [str(a) for a in ("classify", folder, *options, "--pairs", 64, "--batch", 8, "--out", tmp_path / "out.csv", "--json")]
-    process = subprocess.Popen([sys.executable, "-m", "genkit", *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if (tmp_path / "out.jsonl").is_file() and len((tmp_path / "out.jsonl").read_text().splitlines()) > 2:
-                break
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, stderr
+    journal = tmp_path / "out.jsonl"
+    code, stdout, stderr = interrupted(line, lambda: journal.is_file() and len(journal.read_text().splitlines()) > 2, seconds=120)
+    assert code == 130, stderr
     finished = json.loads(stdout)["results"]
     assert 2 <= len(finished) < 206
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(finished) + 1

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +15,7 @@ from genkit.cli.app import app
 from genkit.cli.features import parse_pool, parse_taps, parse_times
 from genkit.features import FeatureCache, Probe
 from genkit.runner import load
+from tests.processes import interrupted, two_processes
 
 
 def genkit(*arguments: object, code: int = 0):
@@ -140,18 +137,8 @@ def test_a_folder_without_classes_trains_no_probe(photos: Path, tiny_folder: Pat
 def test_ctrl_c_keeps_what_is_finished(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "f"
     line = ["features", "digits", "--model", str(tiny_folder), "--draws", "8", "--batch", "2", "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "genkit", *line, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        deadline = time.monotonic() + 240
-        while not (out / "done-0.json").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, stderr
+    code, stdout, stderr = interrupted([*line, "--json"], (out / "done-0.json").exists)
+    assert code == 130, stderr
     assert "Repeat the command with --resume" in stderr
     assert json.loads(stdout)["interrupted"]
     assert 0 in json.loads((out / "done-0.json").read_text())
@@ -160,17 +147,8 @@ def test_ctrl_c_keeps_what_is_finished(tiny_folder: Path, tmp_path: Path) -> Non
 
 def test_two_processes_make_what_one_makes(photos: Path, tiny_folder: Path, tmp_path: Path) -> None:
     line = ["features", "digits", "--count", "100", "--model", str(tiny_folder), "--taps", "mid", "--device", "cpu", "--out"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "genkit"]
-    process = subprocess.Popen(
-        [*launcher, *line, str(tmp_path / "two"), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # so that the launcher ends its workers, which a kill would leave behind
-        process.communicate(timeout=60)
-        raise
-    assert process.returncode == 0, stderr
+    code, stdout, stderr = two_processes([*line, str(tmp_path / "two"), "--json"])
+    assert code == 0, stderr
     assert json.loads(stdout)["images"] == 100
     genkit(*line, tmp_path / "one")
     one, two = (np.load(tmp_path / name / "mid.npy") for name in ("one", "two"))

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from genkit.cli.app import app
+from tests.processes import interrupted, two_processes
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to one process")
@@ -34,18 +31,8 @@ def test_ctrl_c_keeps_what_is_finished(tiny_folder: Path, tmp_path: Path) -> Non
         "--out",
         str(tmp_path),
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "genkit", *line, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        deadline = time.monotonic() + 240
-        while len(list(tmp_path.glob("*.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, stderr
+    code, stdout, stderr = interrupted([*line, "--json"], lambda: len(list(tmp_path.glob("*.json"))) >= 2)
+    assert code == 130, stderr
     assert "Repeat with --resume to finish" in stderr
     document = json.loads(stdout)
     assert document["interrupted"]
@@ -57,17 +44,8 @@ def test_ctrl_c_keeps_what_is_finished(tiny_folder: Path, tmp_path: Path) -> Non
 
 def test_two_processes_make_what_one_makes(tiny_folder: Path, tmp_path: Path) -> None:
     line = ["sample", "a red seven", "--model", str(tiny_folder), "--seeds", "0-4", "--steps", "3", "--out"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "genkit"]
-    process = subprocess.Popen(
-        [*launcher, *line, str(tmp_path / "two"), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # so that the launcher ends its workers, which a kill would leave behind
-        process.communicate(timeout=60)
-        raise
-    assert process.returncode == 0, stderr
+    code, stdout, stderr = two_processes([*line, str(tmp_path / "two"), "--json"])
+    assert code == 0, stderr
     assert len(json.loads(stdout)["images"]) == 5
     assert CliRunner().invoke(app, [*line, str(tmp_path / "one")]).exit_code == 0
     names = sorted(p.name for p in (tmp_path / "one").iterdir())

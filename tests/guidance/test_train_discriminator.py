@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,7 @@ from genkit.guidance.training import DiscriminatorConfig, train_discriminator
 from genkit.pipelines import GuidedPipeline
 from genkit.training import TrainConfig
 from tests import tiny
+from tests.processes import two_processes
 
 HEAD = {"block_out_channels": (8,), "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 4}
 TRAIN = TrainConfig(steps=4, batch_size=8, validate_every=2)
@@ -165,9 +163,9 @@ def test_bad_command_lines(line, message, tmp_path):
 def test_two_processes_share_the_samples(photos, tiny_folder, tmp_path):
     line = ["train", "discriminator", "--model", str(tiny_folder), "--data", str(photos), "--device", "cpu", *LINE]
     line[line.index("20")] = "404"  # three files of samples
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "genkit"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, *line, "--out", str(tmp_path / "two")], check=True, env=environment, timeout=240)
+    environment = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    code, _, stderr = two_processes([*line, "--out", str(tmp_path / "two")], **environment)
+    assert code == 0, stderr
     genkit(*line, "--out", tmp_path / "one")
     for name in ("fake-00000000", "fake-00000200", "fake-00000400", "real-00000200"):
         one, two = (load_file(tmp_path / n / "training" / "samples" / f"{name}.safetensors")["samples"] for n in ("one", "two"))

@@ -6,6 +6,7 @@ on Stable Diffusion's scaled-linear schedule. The text encoder is trained jointl
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,6 +88,11 @@ def scheduler() -> EulerAncestralDiscreteScheduler:
     )
 
 
+@functools.cache
+def _alphas_cumprod() -> Tensor:
+    return scheduler().alphas_cumprod
+
+
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     """Token ids (B, L) of prompts, padded to full length as the pipelines do."""
     length = tokenizer.model_max_length
@@ -95,7 +101,7 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
 
 def velocity_loss(model: nn.Module, z: Tensor, tokens: Tensor, generator: torch.Generator, device: str) -> Tensor:
     """The loss (a scalar) of clean latents z (B, C, h, w) and tokens (B, L), both on the CPU, at random times and noise."""
-    alphas_cumprod = scheduler().alphas_cumprod
+    alphas_cumprod = _alphas_cumprod()
     eps = torch.randn(z.shape, generator=generator)
     # One time in each of B equal strata: the loss varies less from step to step than with independent times.
     u = (torch.arange(len(z)) + torch.rand(len(z), generator=generator)) / len(z)
