@@ -34,7 +34,7 @@ def check_folder(path: str | Path, allow_pickle: bool = False, *, shapes: bool =
         raise ValueError(f"{str(path)!r} is a file. Give a folder in diffusers' layout, as save_pretrained(FOLDER) writes it.")
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {str(path)!r}.")
-    for component, (library, class_name) in _components(folder).items():
+    for component, (library, class_name) in components(folder).items():
         if class_name.endswith(_WEIGHTLESS):
             _require_folder(component)
             continue
@@ -43,21 +43,21 @@ def check_folder(path: str | Path, allow_pickle: bool = False, *, shapes: bool =
             _check_shapes(component, library, class_name, tensors)
 
 
-def _components(folder: Path) -> dict[Path, tuple[str, str]]:
+def components(folder: Path) -> dict[Path, tuple[str, str]]:
     """(library, class) of each component folder; the folder itself for a single model."""
     if (folder / "model_index.json").is_file():
-        index = _read_json(folder / "model_index.json")
+        index = read_json(folder / "model_index.json")
         # [library, class] is a component, [null, null] one that is left out, anything else a setting.
         return {folder / k: (v[0], v[1]) for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0] and v[1]}
     if (folder / "config.json").is_file():
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         if "_class_name" in config:
             return {folder: ("diffusers", config["_class_name"])}
         return {folder: ("transformers", (config.get("architectures") or ["AutoModel"])[0])}
     raise FileNotFoundError(f"{str(folder)!r} is no model folder: it has neither model_index.json nor config.json.")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -99,7 +99,7 @@ def _tensors(component: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]] 
 
 
 def _shards(index: Path) -> set[str]:
-    return set(_read_json(index).get("weight_map", {}).values())
+    return set(read_json(index).get("weight_map", {}).values())
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -121,7 +121,7 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 def _check_shapes(component: Path, library: str, class_name: str, tensors: dict[str, tuple[int, ...]]) -> None:
     """Compare with the component built from its configuration on the meta device."""
-    model = _on_meta(component, library, class_name)
+    model = on_meta(component, library, class_name)
     if model is None:
         return
     for name, tensor in model.state_dict().items():
@@ -147,12 +147,12 @@ def _numel(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _on_meta(component: Path, library: str, class_name: str) -> Any:
+def on_meta(component: Path, library: str, class_name: str) -> Any:
     """The component without memory; None if its class cannot be told or its weights are quantised (packed shapes)."""
     import torch
 
     cls = _find_class(library, class_name)
-    if cls is None or "quantization_config" in _read_json(component / "config.json"):
+    if cls is None or "quantization_config" in read_json(component / "config.json"):
         return None
     with torch.device("meta"):
         if hasattr(cls, "load_config"):  # diffusers

@@ -107,16 +107,16 @@ def levels_of(scheduler: Any) -> list[Level]:
 def training_level(scheduler: Any, u: Tensor | Sequence[float]) -> Level:
     """The levels (n,) at fractions u of the time that the network was trained on, whatever steps the scheduler is set to.
 
-    | schedule                 | level at u                                                                    |
-    |--------------------------|-------------------------------------------------------------------------------|
-    | variance preserving      | t = floor(u T), alpha = sqrt(abar[t]), sigma = sqrt(1 - abar[t]), T = 1000 mostly |
-    | flow matching            | sigma = u, alpha = 1 - u, t = u T: not shifted, which is a matter of sampling |
-    | EDM                      | sigma = sigma_min^(1 - u) sigma_max^u, alpha = 1                              |
+    | schedule                 | level at u                                                                         |
+    |--------------------------|------------------------------------------------------------------------------------|
+    | variance preserving      | t = min(floor(u T), T - 1), alpha = sqrt(abar[t]), sigma = sqrt(1 - abar[t])       |
+    | flow matching            | sigma = u, alpha = 1 - u, t = u T: not shifted, which is a matter of sampling      |
+    | EDM                      | sigma = sigma_min^(1 - u) sigma_max^u, alpha = 1                                   |
 
     A sigma-space scheduler (Euler, Heun, ...) gets variance-preserving levels too: the network is told the same.
 
     Args:
-        u: from 0 (clean) up to but not including 1 (noise).
+        u: from 0 (clean) to 1 (noise).
 
     Raises:
         ValueError: a fraction out of range, or a scheduler of no known family.
@@ -126,8 +126,8 @@ def training_level(scheduler: Any, u: Tensor | Sequence[float]) -> Level:
         >>> x = level.diffuse(x0, noise)       # x0 and noise (2, C, h, w)
     """
     u = torch.as_tensor(u, dtype=torch.float64)
-    if bool(((u < 0) | (u >= 1)).any()):
-        raise ValueError(f"Fractions of training time run from 0 up to, not including, 1; got {u.min():g} to {u.max():g}.")
+    if bool(((u < 0) | (u > 1)).any()):
+        raise ValueError(f"Fractions of training time run from 0 to 1; got {u.min():g} to {u.max():g}.")
     config = scheduler.config
     if _host.is_flow(scheduler) or config.get("use_flow_sigmas"):
         return Level(1 - u, u, u * config.num_train_timesteps)
@@ -135,7 +135,7 @@ def training_level(scheduler: Any, u: Tensor | Sequence[float]) -> Level:
         sigma = config.sigma_min ** (1 - u) * config.sigma_max**u
         return Level(torch.ones_like(sigma), sigma, scheduler.precondition_noise(sigma))
     abar = _host.alphas_cumprod(scheduler).detach().cpu().double()
-    t = (u * len(abar)).long()
+    t = (u * len(abar)).long().clamp(max=len(abar) - 1)
     return Level(abar[t].sqrt(), (1 - abar[t]).sqrt(), t)
 
 

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from genkit import zoo
 from genkit.checkpoints import check_folder
 from genkit.denoisers import Denoiser
+from genkit.distill.spec import FewStepSpec
 
 Self = TypeVar("Self", bound="HostedPipeline")
 
@@ -20,11 +21,16 @@ class HostedPipeline:
 
     The host is shared, not copied, and is left as it was after each call; `save_pretrained` writes the stock format. Everything
     that is not defined here (`components`, `to`, `progress_bar`, `vae`, `scheduler`, ...) is the host's.
+
+    `student` says how a few-step student samples (`genkit_distill.json` in the folder that the host was loaded from); None for
+    any other model.
     """
 
     def __init__(self, host: DiffusionPipeline) -> None:
         self.host = host
         self.denoiser = Denoiser.of(host)
+        folder = getattr(host, "name_or_path", None)
+        self.student: FewStepSpec | None = None if folder is None else FewStepSpec.load(folder)
         self.tokens: list[str] = []
         self._interrupt = False
 
@@ -38,7 +44,7 @@ class HostedPipeline:
         if not isinstance(pipe, HostedPipeline):
             return cls(pipe)
         wrapped = cls(pipe.host)
-        wrapped.tokens = list(pipe.tokens)
+        wrapped.tokens, wrapped.student = list(pipe.tokens), pipe.student
         return wrapped
 
     @classmethod

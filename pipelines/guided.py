@@ -14,6 +14,7 @@ from torch import Tensor
 
 from genkit import _host, noise
 from genkit.denoisers import Cond
+from genkit.distill.schedule import set_levels
 from genkit.guidance import Guidance, State, as_guidance
 from genkit.pipelines.base import HostedPipeline
 from genkit.prediction import Prediction
@@ -57,7 +58,7 @@ class GuidedPipeline(HostedPipeline):
         class_labels: int | str | Sequence[int | str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 30,
+        num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
@@ -82,8 +83,10 @@ class GuidedPipeline(HostedPipeline):
             prompt, negative_prompt: text, one or several. "" is the null prompt.
             class_labels: for class-conditional models: indices or names.
             height, width: in pixels; the model's own size by default.
-            num_inference_steps, timesteps, sigmas: how to sample; `timesteps` and `sigmas` where the scheduler takes them.
-            guidance_scale: classifier-free guidance; 1 is off. By default 3, or 1 for a model without a null condition.
+            num_inference_steps: by default 30, or a few-step student's own number; a student visits the levels it was trained at.
+            timesteps, sigmas: how to sample instead, where the scheduler takes them.
+            guidance_scale: classifier-free guidance; 1 is off. By default 3, or 1 for a model without a null condition, or what a
+                student was trained for, mostly 1.
             num_images_per_prompt: images for each prompt or label.
             batch_size: number of images of an unconditional model (by default one for each seed).
             seeds: one for each image: the image is then a function of its seed, whatever the batch. Random by default.
@@ -109,6 +112,9 @@ class GuidedPipeline(HostedPipeline):
         unknown = set(callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS)
         if unknown:
             raise ValueError(f"Unknown callback tensors {sorted(unknown)}. Known: {', '.join(CALLBACK_TENSORS)}.")
+        student = self.student
+        if num_inference_steps is None:
+            num_inference_steps = 30 if student is None else student.default_steps
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1.")
         guidance = None if guidance is None else as_guidance(guidance)
@@ -126,14 +132,19 @@ class GuidedPipeline(HostedPipeline):
             if len(cond) != 1:
                 raise ValueError(f"There are {len(cond)} prompts or labels for {count} images. Give one, or one for each.")
             cond = cond.repeat(count)
-        guidance_scale = _free_guidance_scale(guidance_scale, cond)
+        guidance_scale = _free_guidance_scale(guidance_scale, cond, default=3.0 if student is None else student.guidance_scale)
         if seeds is None and generator is None and latents is None:
             seeds = torch.randint(2**31, (count,)).tolist()
 
         denoiser, scheduler = self.denoiser, self.host.scheduler
+        if student is not None and height is None and width is None:
+            height, width = student.height, student.width
         shape = denoiser.latent_shape(height, width) if latents is None else tuple(latents.shape[1:])
         device = denoiser.device
-        denoiser.set_timesteps(scheduler, num_inference_steps, shape, device, timesteps=timesteps, sigmas=sigmas)
+        if student is not None and timesteps is None and sigmas is None:
+            set_levels(student, denoiser, scheduler, num_inference_steps, shape, device)
+        else:
+            denoiser.set_timesteps(scheduler, num_inference_steps, shape, device, timesteps=timesteps, sigmas=sigmas)
         x = self._initial(latents, (count, *shape), seeds, generator, device)
         if seeds is not None and generator is None:
             generator = noise.generators(seeds, noise.SAMPLER)
@@ -218,9 +229,9 @@ class GuidedPipeline(HostedPipeline):
             part.check(self.host)
 
 
-def _free_guidance_scale(scale: float | None, cond: Cond | None) -> float:
+def _free_guidance_scale(scale: float | None, cond: Cond | None, default: float) -> float:
     """The scale to use: the default where none is given, and 1 where it cannot matter, which halves the work."""
     if cond is None or cond.null_tensors is None:
         return 1.0 if scale is None else scale
     same = all(torch.equal(value, cond.null_tensors[name]) for name, value in cond.tensors.items())
-    return 1.0 if same else 3.0 if scale is None else scale
+    return 1.0 if same else default if scale is None else scale

@@ -8,8 +8,10 @@ import typer
 
 from genkit.cli.classify import classify
 from genkit.cli.doctor import doctor
+from genkit.cli.export import export
 from genkit.cli.features import features
 from genkit.cli.sample import sample
+from genkit.cli.synth import synth
 from genkit.cli.train import train
 from genkit.cli.zoo import zoo
 
@@ -46,7 +48,9 @@ def genkit(
 app.command()(sample)
 app.command()(classify)
 app.command()(features)
+app.command()(synth)
 app.add_typer(train, name="train")
+app.command()(export)
 app.add_typer(zoo, name="zoo")
 app.command()(doctor)
 

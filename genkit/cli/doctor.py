@@ -1,4 +1,4 @@
-"""`genkit doctor`: what works on this machine, what does not, and why."""
+"""`genkit doctor`: what works on this machine, what does not, and why; and which noise levels a model visits in a few steps."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.common import BROKEN, Debug, Json, Quiet, command
+from genkit.cli.common import BROKEN, Debug, Json, Output, Quiet, command, option, positive_numbers
+
+if TYPE_CHECKING:
+    from genkit.doctoring import Diagnosis
 
 OK, OPTIONAL, FAILED = "ok", "missing", "broken"
 # Optional packages, and what they are for.
@@ -33,16 +37,33 @@ class Check:
     detail: str
 
 
-def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Check versions, devices, fused attention, optional packages and the embedded models.
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="An embedded model, a folder, or a Hub repository: look at its schedule instead."),
+    ] = None,
+    steps: Annotated[str, option("What to look at", "Numbers of steps, for a MODEL.")] = "1,2,4,8",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check versions, devices, fused attention, optional packages and the embedded models; or the schedule of a MODEL.
+
+    With a MODEL: the timesteps and the noise that its own pipeline visits by default in a few steps, what is wrong with them, and
+    what to change. Its weights are not read.
 
     Exit code 0 if genkit is usable here, 1 if something that it needs is broken.
 
-    Example:
+    Examples:
 
         [bold]genkit doctor[/bold]
+
+        [bold]genkit doctor digits --steps 1,4,30[/bold]
     """
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
+        if model is not None:
+            _look_at(model, positive_numbers("--steps", steps, "1,2,4"), output)
+            return
         from rich.table import Table
         from rich.text import Text
 
@@ -57,6 +78,52 @@ def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) ->
             broken = ", ".join(check.name for check in checks if check.status == FAILED)
             typer.echo(f"Error: genkit needs what is broken here: {broken}.", err=True)
             raise typer.Exit(BROKEN)
+
+
+def _look_at(model: str, steps: tuple[int, ...], output: Output) -> None:
+    """Report the levels that a model visits, and what is wrong with them."""
+    from rich.console import Group
+
+    from genkit.distill.spec import FewStepSpec
+    from genkit.doctoring import diagnose, open_model
+
+    denoiser = open_model(model)
+    student = FewStepSpec.load(denoiser.pipe.name_or_path)
+    runs = list(diagnose(denoiser, steps, student))
+    scheduler = type(denoiser.pipe.scheduler).__name__
+    document = {
+        "model": model,
+        "pipeline": type(denoiser.pipe).__name__,
+        "scheduler": scheduler,
+        "student": None if student is None else dataclasses.asdict(student),
+        "runs": [dataclasses.asdict(run) for run in runs],
+        "healthy": not any(finding.harmful for run in runs for finding in run.findings),
+    }
+    of = "" if student is None else f", a student at the levels {', '.join(f'{u:g}' for u in student.levels)}"
+    output.result(document, Group(f"{document['pipeline']} with {scheduler}{of}", *_tables(runs)))
+
+
+def _tables(runs: list[Diagnosis]) -> Iterator[Any]:
+    """For people: a table of the levels of each run, and its findings; a finding of several runs is advised once."""
+    from rich.table import Table
+    from rich.text import Text
+
+    said = set()
+    for run in runs:
+        yield Text(f"\n{run.steps} step{'s' if run.steps > 1 else ''}", style="bold")
+        if run.visits:
+            table = Table("timestep", "alpha", "sigma", "SNR", box=None)
+            for visit in run.visits:
+                snr = "infinite" if visit.snr is None else f"{visit.snr:.3g}"
+                table.add_row(f"{visit.timestep:g}", f"{visit.alpha:.4f}", f"{visit.sigma:.4f}", snr)
+            yield table
+        for finding in run.findings:
+            style = "bold red" if finding.harmful else "yellow"
+            repeated = (finding.name, finding.advice) in said
+            said.add((finding.name, finding.advice))
+            yield Text.assemble((f"{finding.name}: ", style), finding.text, "" if repeated else f" {finding.advice}")
+        if not run.findings:
+            yield Text("Nothing is wrong with it.", style="green")
 
 
 def run_checks() -> Iterator[Check]:

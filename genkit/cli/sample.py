@@ -28,8 +28,10 @@ def sample(
         Path | None, option(_WHAT, "Repeat the image that genkit wrote to this PNG; other options override its recipe.", "--from")
     ] = None,
     seeds: Annotated[str | None, option(_HOW, "Seeds, as in 0-15 or 1,2,5-10.", "--seeds", "--seed", show_default="0")] = None,
-    steps: Annotated[int | None, option(_HOW, "Sampling steps.", show_default="30")] = None,
-    cfg: Annotated[float | None, option(_HOW, "Classifier-free guidance; 1 is off.", show_default="3")] = None,
+    steps: Annotated[int | None, option(_HOW, "Sampling steps.", show_default="30, or a few-step student's own")] = None,
+    cfg: Annotated[
+        float | None, option(_HOW, "Classifier-free guidance; 1 is off.", show_default="3, or a few-step student's own: 1")
+    ] = None,
     sampler: Annotated[
         str | None,
         option(_HOW, "ddim, ddpm, dpm++, unipc, euler, euler-a, heun, lms, pndm, ...", show_default="the model's own"),
@@ -89,6 +91,8 @@ def sample(
         settings = dict(model=model, negative=negative, steps=steps, cfg=cfg, sampler=sampler, eta=eta, dtype=dtype)  # noqa: C408
         base = _base(source, settings, size=size, guidance=guidance, tokens=token)
         folder = _check_model(base.model, allow_pickle)
+        if source is None and folder is not None:
+            base = _as_student(base, folder, settings)
         subjects = _subjects(base, _read_prompts(prompts, prompts_file), labels, from_recipe=source is not None, folder=folder)
         table = plan(subjects, [base.seed] if seeds is None else parse_seeds(seeds), [Axis.parse(text) for text in sweep or []])
         _check_guidance(table)
@@ -153,6 +157,19 @@ def _check_model(model: str, allow_pickle: bool) -> Path | None:
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"The model {model!r} is no diffusion pipeline (there is no model_index.json), so it draws nothing.")
     return folder
+
+
+def _as_student(base: Recipe, folder: Path, given: dict[str, Any]) -> Recipe:
+    """With a few-step student's own steps and guidance where none were given; other models' recipes as they are."""
+    import dataclasses
+
+    from genkit.distill.spec import FewStepSpec
+
+    spec = FewStepSpec.load(folder)
+    if spec is None:
+        return base
+    own = {"steps": spec.default_steps, "cfg": spec.guidance_scale}
+    return dataclasses.replace(base, **{key: value for key, value in own.items() if given[key] is None})
 
 
 def _read_prompts(prompts: list[str] | None, file: Path | None, what: str = "prompt") -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -86,6 +86,20 @@ def read_picture(file: str | Path) -> tuple[Image.Image, list[str]]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million"
         raise ValueError(f"The image {str(file)!r} has more than {limit} pixels. Make it smaller.") from error
+    except Exception as error:  # decoders of damaged files raise almost anything
+        raise ValueError(f"The image {str(file)!r} cannot be read ({str(error) or type(error).__name__}).") from error
+
+
+def picture_size(file: str | Path) -> tuple[int, int]:
+    """(height, width) of an image file as `read_picture` gives it, from its header.
+
+    Raises:
+        ValueError: no image; the message names the file.
+    """
+    try:
+        with Image.open(file) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter
+            return (image.width, image.height) if turned else (image.height, image.width)
     except Exception as error:  # decoders of damaged files raise almost anything
         raise ValueError(f"The image {str(file)!r} cannot be read ({str(error) or type(error).__name__}).") from error
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.data.pictures import find_pictures, fit_picture, read_picture
+from genkit.data.pictures import find_pictures, fit_picture, picture_size, read_picture
 
 COLORINGS = 4  # how often each handwritten digit appears, in other colours
 
@@ -28,6 +28,7 @@ class ImageSource:
         captions: a text for each row, or None.
         labels: a class name or index for each row, or None.
         names: what each row is called: its file's path below the folder, or the number of the handwritten digit.
+        sizes: `row -> (height, width)` of its picture, or None if they are not known.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ImageSource:
     captions: list[str] | None = None
     labels: list[str | int] | None = None
     names: list[str] | None = None
+    sizes: Callable[[int], tuple[int, int]] | None = None
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -50,8 +52,11 @@ class ImageSource:
             field: None if (values := getattr(self, field)) is None else [values[row] for row in rows]
             for field in ("groups", "captions", "labels", "names")
         }
-        load = self.load
-        return dataclasses.replace(self, load=lambda chosen, size: load([rows[i] for i in chosen], size), **picked)
+        load, sizes = self.load, self.sizes
+        return dataclasses.replace(
+            self, load=lambda chosen, size: load([rows[i] for i in chosen], size),
+            sizes=None if sizes is None else lambda i: sizes(rows[i]), **picked,
+        )  # fmt: skip
 
 
 def open_source(name: str | Path, count: int | None = None) -> ImageSource:
@@ -94,7 +99,8 @@ def _digits(split: str, count: int) -> ImageSource:
     labels: list[str | int] = [digits.DIGITS[digit] for digit in batch.digit.tolist()]
     strokes = batch.stroke.tolist()
     names = [f"{split} digit {stroke}" for stroke in strokes]
-    return ImageSource("digits" if split == "train" else f"digits-{split}", load, strokes, captions, labels, names)
+    return ImageSource("digits" if split == "train" else f"digits-{split}", load, strokes, captions, labels, names,
+                       lambda row: (digits.SIZE, digits.SIZE))  # fmt: skip
 
 
 def _folder(folder: Path, count: int | None) -> ImageSource:
@@ -110,7 +116,7 @@ def _folder(folder: Path, count: int | None) -> ImageSource:
     return ImageSource(
         folder.name, load, groups,
         None if captions is None else [captions[i] for i in groups], None if labels is None else [labels[i] for i in groups],
-        [files[i].relative_to(folder).as_posix() for i in groups],
+        [files[i].relative_to(folder).as_posix() for i in groups], lambda row: picture_size(files[groups[row]]),
     )  # fmt: skip
 
 

@@ -83,6 +83,15 @@ class Cond:
         """Each row `count` times in a row."""
         return self._map(lambda v: v.repeat_interleave(count, dim=0))
 
+    def joined(self, other: Cond) -> Cond:
+        """The conditions of these samples, then those of another batch."""
+
+        def cat(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: torch.cat([value, second[name]]) for name, value in first.items()}
+
+        nulls = (self.null_tensors, other.null_tensors)
+        return Cond(cat(self.tensors, other.tensors), None if nulls[0] is None or nulls[1] is None else cat(nulls[0], nulls[1]))
+
     def to(self, device: torch.device | str) -> Cond:
         """The same condition on another device."""
         return self._map(lambda v: v.to(device))

@@ -45,7 +45,12 @@ def find(pipe: Any) -> type[Denoiser]:
     Raises:
         ValueError: no adapter is known for its class; the message lists the supported ones.
     """
-    for ancestor in type(pipe).__mro__:
+    return find_for(type(pipe))
+
+
+def find_for(pipeline_class: type) -> type[Denoiser]:
+    """The adapter class of a class of pipelines; raises as `find` does."""
+    for ancestor in pipeline_class.__mro__:
         name = ancestor.__name__
         if name in _registered:
             return _registered[name]
@@ -54,6 +59,6 @@ def find(pipe: Any) -> type[Denoiser]:
             return getattr(import_module(f"genkit.denoisers.{module}"), adapter)
     supported = ", ".join(sorted({*_BUILT_IN, *_registered}))
     raise ValueError(
-        f"{type(pipe).__name__} is not supported. Supported: {supported}. "
+        f"{pipeline_class.__name__} is not supported. Supported: {supported}. "
         "An adapter takes about 40 lines: see the example at the top of genkit/denoisers/base.py."
     )

@@ -23,7 +23,7 @@ from genkit import noise as noises
 from genkit.denoisers import Cond, Denoiser
 from genkit.denoisers.modes import evaluating
 from genkit.denoisers.text import TextDenoiser
-from genkit.features.taps import Tap, as_map, resolve_taps, tapped
+from genkit.features.taps import Tap, as_map, collect, resolve_taps
 from genkit.levels import Level, training_level
 
 
@@ -213,18 +213,11 @@ class FeatureExtractor:
     def _run(
         self, denoiser: Denoiser, x0: Tensor, eps: Tensor, level: Level, cond: Cond, inject: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
-        with tapped(denoiser.network, self.taps, early_exit=self.early_exit, inject=inject) as found:
-            denoiser(level.diffuse(x0, eps), level, cond)
-        missing = [tap for tap in self.taps if tap.name not in found]
-        if missing:
-            raise ValueError(f"The module of the tap {missing[0].name!r} did not run. Name another.")
-        features = {}
-        for tap in self.taps:
-            value = found[tap.name]
-            if not isinstance(value, Tensor):
-                raise ValueError(f"The tap {tap.name!r} gives a {type(value).__name__}, no tensor. Name a module inside of it.")
-            features[tap.name] = as_map(value, (x0.shape[-2], x0.shape[-1])) if value.ndim == 3 else value
-        return features
+        def run() -> Any:
+            return denoiser(level.diffuse(x0, eps), level, cond)
+
+        found = collect(denoiser.network, self.taps, run, early_exit=self.early_exit, inject=inject)
+        return {name: as_map(value, (x0.shape[-2], x0.shape[-1])) if value.ndim == 3 else value for name, value in found.items()}
 
     def _pooled(self, value: Tensor) -> Tensor:
         value = value.to(torch.promote_types(value.dtype, torch.float32))

@@ -223,6 +223,30 @@ def tapped(
             handle.remove()
 
 
+def collect(
+    network: nn.Module,
+    taps: Sequence[Tap],
+    run: Callable[[], Any],
+    *,
+    early_exit: bool = True,
+    inject: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """What passes the taps while `run` evaluates the network, by name and in the order of the taps; otherwise as `tapped`.
+
+    Raises:
+        ValueError: a tap whose module did not run, or does not give a tensor.
+    """
+    with tapped(network, taps, early_exit=early_exit, inject=inject) as found:
+        run()
+    for tap in taps:
+        if tap.name not in found:
+            raise ValueError(f"The module of the tap {tap.name!r} did not run. Name another.")
+        value = found[tap.name]
+        if not isinstance(value, Tensor):
+            raise ValueError(f"The tap {tap.name!r} gives a {type(value).__name__}, no tensor. Name a module inside of it.")
+    return {tap.name: found[tap.name] for tap in taps}
+
+
 def _add(tap: Tap, value: Tensor, output: Any) -> Any:
     """The output of a tap's module with a resized map (B, C, h, w) added."""
     if isinstance(output, tuple | list):

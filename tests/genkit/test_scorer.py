@@ -133,9 +133,14 @@ def test_training_levels_of_edm_span_its_sigmas() -> None:
     assert level.t.tolist() == pytest.approx([0.25 * np.log(0.01), 0.0])
 
 
+def test_the_last_training_level() -> None:
+    assert training_level(DDPMScheduler(), [1.0]).t.tolist() == [999]
+    assert training_level(FlowMatchEulerDiscreteScheduler(), [1.0]).sigma.tolist() == [1.0]
+
+
 def test_training_levels_out_of_range() -> None:
-    with pytest.raises(ValueError, match=r"run from 0 up to, not including, 1; got 0.5 to 1"):
-        training_level(DDPMScheduler(), [0.5, 1.0])
+    with pytest.raises(ValueError, match=r"run from 0 to 1; got 0.5 to 1.1"):
+        training_level(DDPMScheduler(), [0.5, 1.1])
 
 
 def test_rows_of_levels() -> None:

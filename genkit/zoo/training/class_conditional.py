@@ -46,6 +46,8 @@ class ClassConditionalConfig:
         size: side of the square pictures in pixels; by default what the VAE was trained on.
         block_out_channels, layers_per_block: of the U-Net, see `TextToLatent`.
         label_dropout: share of the labels that are replaced by the null prompt "" (0.1: Ho & Salimans 2022, arXiv 2207.12598).
+        logit_normal: mean and standard deviation of the logit of the training times in 0 to 1; None draws them uniformly. Middle
+            times, where classes differ most, learn faster with (0.3, 0.8).
         held_out: share of each class that validates, where there are no validation pictures of their own.
         train: the training loop.
 
@@ -58,6 +60,7 @@ class ClassConditionalConfig:
     block_out_channels: tuple[int, ...] = (64, 128)
     layers_per_block: int = 1
     label_dropout: float = 0.1
+    logit_normal: tuple[float, float] | None = None
     held_out: float = 0.1
     train: TrainConfig = TRAIN
 
@@ -66,6 +69,8 @@ class ClassConditionalConfig:
             raise ValueError(f"block_out_channels={self.block_out_channels} must be positive multiples of 16, at least one.")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout={self.label_dropout} must be at least 0 and below 1.")
+        if self.logit_normal is not None and not self.logit_normal[1] > 0:
+            raise ValueError(f"logit_normal={self.logit_normal}: the standard deviation must be positive.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out={self.held_out} must be between 0 and 1.")
 
@@ -131,14 +136,14 @@ def train_class_conditional(
     def loss(model: nn.Module, generator: torch.Generator, step: int) -> Tensor:
         chosen = torch.randint(len(latents), (config.train.batch_size,), generator=generator)
         kept = torch.rand(len(chosen), generator=generator) >= config.label_dropout
-        return velocity_loss(model, latents[chosen], vocabulary[index[chosen] * kept], generator, device)
+        return velocity_loss(model, latents[chosen], vocabulary[index[chosen] * kept], generator, device, config.logit_normal)
 
     def validate(model: nn.Module) -> dict[str, float]:
         """The loss of the true classes at fixed times and noises."""
         generator = torch.Generator().manual_seed(config.train.seed)
         z, tokens = val_latents.repeat(VALIDATION_DRAWS, 1, 1, 1), val_tokens.repeat(VALIDATION_DRAWS, 1)
         order = torch.randperm(len(z), generator=generator)
-        parts = [(len(p), velocity_loss(model, z[p], tokens[p], generator, device).item()) for p in order.split(256)]
+        parts = [(len(p), velocity_loss(model, z[p], tokens[p], generator, device, config.logit_normal).item()) for p in order.split(256)]
         return {"loss": sum(count * value for count, value in parts) / len(z)}
 
     ema = fit(
@@ -286,6 +291,6 @@ def _card(
         "data": source.name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "vae": config.vae,
-        "training": {**dataclasses.asdict(config.train), "label_dropout": config.label_dropout},
+        "training": {**dataclasses.asdict(config.train), "label_dropout": config.label_dropout, "logit_normal": config.logit_normal},
         "kept": {"step": best["step"], "validation_loss": best["validation"]["loss"]},
     }

@@ -99,13 +99,26 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     return tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
-def velocity_loss(model: nn.Module, z: Tensor, tokens: Tensor, generator: torch.Generator, device: str) -> Tensor:
-    """The loss (a scalar) of clean latents z (B, C, h, w) and tokens (B, L), both on the CPU, at random times and noise."""
+def velocity_loss(
+    model: nn.Module,
+    z: Tensor,
+    tokens: Tensor,
+    generator: torch.Generator,
+    device: str,
+    logit_normal: tuple[float, float] | None = None,
+) -> Tensor:
+    """The loss (a scalar) of clean latents z (B, C, h, w) and tokens (B, L), both on the CPU, at random times and noise.
+
+    Times are uniform, or logit-normal with a mean and a standard deviation (Esser et al. 2024, arXiv 2403.03206, sec. 3.1).
+    """
     alphas_cumprod = _alphas_cumprod()
     eps = torch.randn(z.shape, generator=generator)
     # One time in each of B equal strata: the loss varies less from step to step than with independent times.
     u = (torch.arange(len(z)) + torch.rand(len(z), generator=generator)) / len(z)
-    t = (u * len(alphas_cumprod)).long()
+    if logit_normal is not None:
+        mean, std = logit_normal
+        u = torch.sigmoid(mean + std * torch.special.ndtri(u.double())).float()
+    t = (u * len(alphas_cumprod)).long().clamp(max=len(alphas_cumprod) - 1)
     alpha, sigma = alphas_cumprod[t].sqrt().view(-1, 1, 1, 1), (1 - alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
     x = (alpha * z + sigma * eps).to(device)
     return F.mse_loss(model(x, t.to(device), tokens.to(device)).float(), (alpha * eps - sigma * z).to(device))

@@ -1,0 +1,211 @@
+"""What a distillation is: its method, levels, losses, optimisation and bookkeeping, as one frozen record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from genkit.errors import unknown
+
+METHODS = ("ladd", "add")
+# What may differ between a run and its continuation.
+FREE = ("steps", "checkpoint_every", "checkpoints_limit", "preview_every", "preview_count", "log_every", "trackers", "loader_batch")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """How to distil a teacher. The defaults are those of LADD (Sauer et al. 2024, arXiv 2403.12015) as far as they are published.
+
+    Args:
+        method: "ladd": the discriminator reads the teacher's features of noised latents; "add": an image encoder's features of
+            decoded pictures (Sauer et al. 2023, arXiv 2311.17042).
+        teacher: name, folder or repository of the teacher, for records and the export.
+        levels: fractions of the training time at which the student works, descending from 1 (pure noise).
+        level_probs, warmup_probs, warmup_steps: how often each is trained, and how often in the first rounds
+            (LADD: .7, .1, .1, .1 after 500 rounds of 0, 0, .5, .5); by default all alike.
+        gan: loss of the discriminator: "hinge", "softplus" or "lsgan".
+        disc_noise: noise at which the discriminator sees latents (LADD), see `NoiseSampler.parse`. A larger mean of the logit looks
+            at global structure, a smaller one at texture; the paper's is 1, and 0 suits latents below 64 x 64.
+        same_noise_level: real and fake samples get the same level, each its own noise.
+        taps: where the teacher is read: "quarter" (one tap a quarter of its depth), "all", or names.
+        head, head_width: "conv2d" or "stylegan-t"; width of the convolutional head.
+        spectral_norm: of the heads' layers.
+        disc_condition: what heads are told besides the time: any of "text" (or class) and "image" (of the student's input; ADD).
+        mismatched: real samples with the conditions of others are fakes too; has an effect on conditional teachers only.
+        r1: weight of the gradient penalty on head inputs (ADD: 1e-5).
+        approximate_r1: weight of the finite-difference penalty instead; `approximate_r1_std` is its perturbation.
+        adversarial, distillation, reconstruction: weights of the generator's losses: against the discriminator; to the teacher's
+            denoising of the student's samples (ADD: 2.5; 0.5 for LADD on real data, 0 on synthetic); to the teacher's sample of the
+            same initial noise (needs paired data).
+        distillation_weight, distillation_space, distillation_guidance: "alpha", "sds" or "const"; "latent" or "pixel"; scale of
+            classifier-free guidance in the teacher.
+        encoder: image encoder of ADD: a timm ViT, or an embedded classifier.
+        lora_rank: 0 trains all weights, else adapters of this rank.
+        lr, disc_lr: learning rates of AdamW, betas (0, 0.99); `lr` defaults to 1e-5, or 5e-5 for LoRA.
+        lr_scheduler, lr_warmup: diffusers' name of the schedule, and its warm-up in rounds.
+        weight_decay, grad_clip, ema: of the student; `grad_clip` also of the heads, 0 for none; `ema` counts student updates.
+        steps: rounds; each is one update of the discriminator and one of the student.
+        batch_size: samples of a round, over all processes and micro-batches.
+        accumulation: micro-batches of a round.
+        fused: one pass of student and teacher for both updates; by default wherever there is one micro-batch.
+        mixed_precision: "no" or "bf16"; weights stay float32.
+        gradient_checkpointing: recompute activations of the student, and of the teacher in the generator's phase.
+        seed: of everything random.
+        retries: how often a round that became NaN or infinite is tried with other noise.
+        checkpoint_every, checkpoints_limit, preview_every, preview_count, log_every: in rounds; limits and counts; 0 is never.
+        trackers: of accelerate: "tensorboard", "wandb", ...
+
+    Raises:
+        ValueError: a value out of range; the message names it.
+    """
+
+    method: str = "ladd"
+    teacher: str = ""
+    levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    level_probs: tuple[float, ...] | None = None
+    warmup_probs: tuple[float, ...] | None = None
+    warmup_steps: int = 0
+    gan: str = "hinge"
+    disc_noise: str = "logit-normal:1,1"
+    same_noise_level: bool = False
+    taps: str | tuple[str, ...] = "quarter"
+    head: str = "conv2d"
+    head_width: int = 256
+    spectral_norm: bool = True
+    disc_condition: tuple[str, ...] = ("text",)
+    mismatched: bool = True
+    r1: float = 1e-5
+    approximate_r1: float = 0.0
+    approximate_r1_std: float = 0.1
+    adversarial: float = 1.0
+    distillation: float = 0.0
+    reconstruction: float = 0.0
+    distillation_weight: str = "alpha"
+    distillation_space: str = "latent"
+    distillation_guidance: float = 1.0
+    encoder: str = ""
+    lora_rank: int = 0
+    lr: float | None = None
+    disc_lr: float = 1e-4
+    lr_scheduler: str = "constant_with_warmup"
+    lr_warmup: int = 0
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    ema: float = 0.999
+    steps: int = 10_000
+    batch_size: int = 64
+    accumulation: int = 1
+    fused: bool | None = None
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    retries: int = 3
+    checkpoint_every: int = 500
+    checkpoints_limit: int = 3
+    preview_every: int = 500
+    preview_count: int = 8
+    log_every: int = 10
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown("method", self.method, METHODS)
+        for name, known in (
+            ("gan", ("hinge", "softplus", "lsgan")), ("head", ("conv2d", "stylegan-t")),
+            ("distillation_weight", ("alpha", "sds", "const")), ("distillation_space", ("latent", "pixel")),
+            ("mixed_precision", ("no", "bf16")),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value == "fp16" and name == "mixed_precision":
+                raise ValueError("mixed_precision='fp16' makes adversarial distillation diverge. Use bf16, or no.")
+            if value not in known:
+                raise unknown(name, str(value), known)
+        for name in ("steps", "batch_size", "accumulation", "log_every", "head_width", "disc_lr"):
+            self._require(name, getattr(self, name) > 0, "must be positive")
+        for name in (
+            "warmup_steps", "r1", "approximate_r1", "adversarial", "distillation", "reconstruction", "lora_rank", "weight_decay",
+            "grad_clip", "retries", "checkpoint_every", "checkpoints_limit", "preview_every", "preview_count", "lr_warmup",
+        ):  # fmt: skip
+            self._require(name, getattr(self, name) >= 0, "must not be negative")
+        self._require("lr", self.lr is None or self.lr > 0, "must be positive")
+        self._require("ema", 0 <= self.ema < 1, "must be at least 0 and below 1")
+        self._require("adversarial", self.adversarial + self.distillation + self.reconstruction > 0, "and all other losses are 0")
+        self._require("batch_size", self.batch_size % self.accumulation == 0, f"is no multiple of accumulation={self.accumulation}")
+        if self.fused and self.accumulation > 1:
+            raise ValueError(f"A fused round keeps the graph of its whole batch. Leave accumulation={self.accumulation} or fused out.")
+        if self.method == "add" and not self.encoder:
+            raise ValueError("ADD needs an image encoder. Give encoder, for instance 'vit_small_patch14_dinov2'.")
+        if "image" in self.disc_condition and self.method != "add":
+            raise ValueError("disc_condition 'image' is an embedding of ADD's image encoder. Use it with method='add'.")
+
+    def _require(self, name: str, right: bool, what: str) -> None:
+        if not right:
+            raise ValueError(f"{name}={getattr(self, name)!r} {what}.")
+
+    @property
+    def learning_rate(self) -> float:
+        """`lr`, or its default for what is trained."""
+        if self.lr is not None:
+            return self.lr
+        return 5e-5 if self.lora_rank else 1e-5
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the student's pass serves both updates."""
+        return self.accumulation == 1 if self.fused is None else self.fused
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> DistillConfig:
+        """From JSON or TOML values.
+
+        Raises:
+            ValueError: an unknown name (the message has the closest), or a value of another type or range.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for name in content:
+            if name not in known:
+                raise unknown("setting of a distillation", name, list(known))
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"A setting has a value of another type: {error}.") from error
+
+    @classmethod
+    def read(cls, file: Path, **changes: Any) -> DistillConfig:
+        """A recipe: a TOML file whose [distill] table has these settings; `changes` that are not None win.
+
+        Raises:
+            ValueError: it is no TOML, or has unknown settings.
+        """
+        content = read_toml(file).get("distill", {})
+        return cls.from_json({**content, **{name: value for name, value in changes.items() if value is not None}})
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """A TOML file.
+
+    Raises:
+        ValueError: it is no TOML.
+    """
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib
+
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(file)!r} is no TOML ({error}). Repair it.") from error
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings in which a continuation differs from its run, (before, after) by name, without those that may."""
+    names = [name for name in {**before, **after} if name not in FREE]
+    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}

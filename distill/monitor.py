@@ -1,0 +1,186 @@
+"""What a person sees of a distillation: figures, previews beside the teacher's pictures, and warnings in plain language."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from genkit import noise as noises
+from genkit.console import console
+from genkit.denoisers.modes import evaluating
+from genkit.distill.path import renoise, steps_of
+from genkit.images import contact_sheet, save_png
+
+if TYPE_CHECKING:
+    from genkit.distill.trainer import DistillTrainer
+
+WINDOW = 200  # rounds that a warning looks back on
+# A discriminator that is right more often than this, or nearly never, teaches little. (The specs of the field say .55 to .8.)
+WINS, DIES = 0.97, 0.505
+PREVIEW_STEPS = (1, 2, 4)
+TEACHER_STEPS = 30
+
+
+class Monitor:
+    """Logs a trainer's figures to `log.jsonl` and to accelerate's trackers, and draws its previews.
+
+    As a context manager it holds the log open.
+    """
+
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self.trainer = trainer
+        self.history: deque[dict[str, float]] = deque(maxlen=WINDOW)
+        self.warnings: list[str] = []
+        self._log: TextIO | None = None
+        self._teacher_pictures: list[Tensor] | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.trainer.run.folder
+
+    def __enter__(self) -> Monitor:
+        if self.trainer.ranks.leads:
+            self._log = open(self.folder / "log.jsonl", "a", encoding="utf-8")
+        if self.trainer.config.trackers:
+            settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in self.trainer.config.to_json().items()}
+            self.trainer.accelerator.init_trackers("tracker", config=settings)
+        self._began, self._began_step = time.monotonic(), self.trainer.step
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._log is not None:
+            self._log.close()
+        if self.trainer.config.trackers:
+            self.trainer.accelerator.end_training()
+
+    def record(self, figures: dict[str, float]) -> None:
+        """Keep the figures of a round; write them every `log_every` rounds."""
+        self.history.append(figures)
+        trainer = self.trainer
+        if trainer.step % trainer.config.log_every and trainer.step != trainer.config.steps:
+            return
+        rounds = trainer.step - self._began_step
+        figures = figures | {
+            "lr": trainer.schedules[0].get_last_lr()[0], "disc_lr": trainer.schedules[1].get_last_lr()[0],
+            "ema_decay": trainer.ema.cur_decay_value,
+            "samples_per_second": rounds * trainer.config.batch_size / (time.monotonic() - self._began),
+        }  # fmt: skip
+        if trainer.accelerator.device.type == "cuda":
+            figures["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self._log is not None:
+            print(json.dumps({"step": trainer.step} | {k: round(v, 6) for k, v in figures.items()}), file=self._log, flush=True)
+        if trainer.config.trackers:
+            trainer.accelerator.log(figures, step=trainer.step)
+        for warning in judge_health(list(self.history), self.trainer.discriminator.source.names):
+            self._warn(warning)
+
+    def summary(self) -> str:
+        """One line for the progress bar."""
+        last = self.history[-1] if self.history else {}
+        named = {"d_loss": "D", "g_loss": "G", "g_reconstruction": "rec"}
+        return "distilling  " + "  ".join(f"{short} {last[name]:.3f}" for name, short in named.items() if name in last)
+
+    def _warn(self, text: str) -> None:
+        """Each warning once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            if self.trainer.ranks.leads:
+                console.print(f"[yellow]Round {self.trainer.step}: {text}[/yellow]", highlight=False)
+
+    @torch.no_grad()
+    def preview(self) -> Path | None:
+        """Pictures of the averaged student at 1, 2 and 4 steps from fixed noise, above them the teacher's; `previews/step-N.png`."""
+        trainer = self.trainer
+        count = min(trainer.config.preview_count, len(trainer.draws.data))
+        if not trainer.ranks.leads or not count:
+            return None
+        # The first rows of one shape.
+        rows = next(iter(trainer.draws.data.buckets.values()))[:count]
+        x0, cond = trainer.draws.data.latents(rows), trainer.draws.data.condition(trainer.teacher.denoiser, rows)
+        if self._teacher_pictures is None:
+            self._teacher_pictures = self._teacher(x0, cond)
+        pictures = {f"teacher, {TEACHER_STEPS} steps": self._teacher_pictures}
+        parameters = list(trainer.student.trained())
+        trainer.ema.store(parameters)
+        trainer.ema.copy_to(parameters)
+        try:
+            with evaluating(trainer.student.network):
+                for steps in [n for n in PREVIEW_STEPS if n <= len(trainer.config.levels)]:
+                    pictures[f"{steps} step{'s' * (steps > 1)}"] = list(student_samples(trainer, x0.shape, cond, steps))
+        finally:
+            trainer.ema.restore(parameters)
+        captions = trainer.draws.data.prompts or [str(label) for label in trainer.draws.data.labels or []]
+        sheet = contact_sheet(
+            [[_picture(picture) for picture in row] for row in pictures.values()], list(pictures),
+            [captions[row] for row in rows] if captions else [""] * count,
+        )  # fmt: skip
+        file = self.folder / "previews" / f"step-{trainer.step:06d}.png"
+        file.parent.mkdir(exist_ok=True)
+        save_png(sheet, file)
+        return file
+
+    def _teacher(self, x0: Tensor, cond: Any) -> list[Tensor]:
+        from genkit.sampling import sample
+
+        denoiser, guidance = self.trainer.teacher.denoiser, self.trainer.draws.data.record.get("guidance_scale") or 1.0
+        scheduler = type(denoiser.pipe.scheduler).from_config(denoiser.pipe.scheduler.config)
+        denoiser.set_timesteps(scheduler, TEACHER_STEPS, x0.shape[1:], denoiser.device)
+        start = noises.normal(range(len(x0)), x0.shape[1:]).to(denoiser.device) * getattr(scheduler, "init_noise_sigma", 1.0)
+        generators = noises.generators(range(len(x0)), noises.SAMPLER)
+        latents = sample(denoiser, scheduler, start, cond, guidance_scale=guidance, generator=generators)
+        return list(denoiser.decode(latents))
+
+
+@torch.no_grad()
+def student_samples(trainer: DistillTrainer, shape: Any, cond: Any, steps: int) -> Tensor:
+    """Pictures (B, 3, H, W) of the student's present weights in a number of steps; sample i has the noise of seed i."""
+    denoiser = trainer.teacher.denoiser
+
+    def noise(step: int) -> Tensor:
+        stream = noises.INITIAL if step == 0 else noises.SAMPLER
+        key = 0 if step == 0 else step << 32
+        return noises.normal([key | i for i in range(shape[0])], shape[1:], stream).to(denoiser.device)
+
+    x0 = renoise(
+        lambda x, level: trainer.student(x, level, cond.tensors), trainer.teacher.path, steps_of(trainer.config.levels, steps), noise
+    )
+    return denoiser.decode(x0)
+
+
+def judge_health(history: list[dict[str, float]], taps: list[str]) -> list[str]:
+    """What is wrong with the balance of the two networks, in plain language; nothing before there are WINDOW rounds.
+
+    Args:
+        history: figures of rounds, the last at the end.
+        taps: names of the heads.
+    """
+    if len(history) < WINDOW or "accuracy/0" not in history[-1]:
+        return []
+    means = [sum(h[f"accuracy/{k}"] for h in history) / len(history) for k in range(len(taps))]
+    found = []
+    if min(means) > WINS:
+        found.append(
+            f"The discriminator wins: all heads tell real from fake {min(means):.0%} of the time or more, so the student learns little. "
+            "Lower --disc-lr, raise --r1, use fewer taps, or more noise (the mean of --disc-noise)."
+        )
+    dead = [name for name, mean in zip(taps, means, strict=True) if mean < DIES]
+    gaps = [sum(h[f"logit_real/{k}"] - h[f"logit_fake/{k}"] for h in history) / len(history) for k in range(len(taps))]
+    if len(dead) == len(taps) and max(gaps) < 0.01:
+        found.append(
+            "The discriminator has died: no head tells real from fake any better than chance. Raise --disc-lr, lower --r1, "
+            "use more taps, or less noise (the mean of --disc-noise)."
+        )
+    return found
+
+
+def _picture(image: Tensor) -> Image.Image:
+    """A picture (3, H, W) in [-1, 1] as PIL."""
+    values = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(values)

@@ -1,0 +1,155 @@
+"""The losses of one round of adversarial distillation.
+
+    student        x0' = S(x_u, u, c),  x_u = alpha_u x0 + sigma_u eps                     u a level of the student
+    discriminator  F(z) = frozen features of z (LADD: of alpha_t z + sigma_t eps' in the teacher, t random; ADD: of decoded z)
+                   L_D = gan_d(D(F(x0), c), D(F(sg x0'), c)) + gamma R1
+    student        L_G = w_adv gan_g(D(F(x0'), c)) + w_dist L_dist(x0', teacher) + w_rec |x0' - paired x0|
+
+LADD: Sauer et al. 2024, arXiv 2403.12015. ADD: Sauer et al. 2023, arXiv 2311.17042. With mismatched pairs, real samples with the
+conditions of others are half of the fakes.
+
+Separately, the two updates cost the student two passes and the teacher two passes over fakes. A fused round makes the fakes and
+their features once, with a graph: the heads learn from the detached features, and the heads that result judge the same features
+again, through which the student learns. Every update is the same as before; only the noise on the fakes is shared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from genkit.distill import losses
+from genkit.distill.config import DistillConfig
+from genkit.distill.discriminator import FeatureDiscriminator
+from genkit.distill.draws import Draw
+from genkit.distill.networks import Student, Teacher
+from genkit.distill.sources import PixelEncoder
+
+Figures = dict[str, Tensor]
+
+
+@dataclasses.dataclass
+class Fakes:
+    """The student's samples x0 (B, ...) of a draw, and their features; with a graph where the student is to learn from them."""
+
+    x0: Tensor
+    features: list[Tensor]
+
+
+class Rounds:
+    """Losses of the two networks.
+
+    Args:
+        teacher: frozen.
+        student: the module that is called, possibly wrapped.
+        discriminator: extracts features; its heads are called through `heads`.
+        heads: `(features, vector, u, image) -> logits` of each head: the discriminator, possibly wrapped. The student's loss calls
+            the discriminator itself.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: Student | torch.nn.Module,
+        discriminator: FeatureDiscriminator,
+        heads: Callable[..., list[Tensor]],
+        config: DistillConfig,
+    ) -> None:
+        self.teacher, self.student, self.discriminator, self.heads, self.config = teacher, student, discriminator, heads, config
+
+    def fakes(self, draw: Draw) -> Fakes:
+        """The student's samples and their features."""
+        x, level = self.teacher.path.add_noise(draw.x0, draw.eps, draw.u)
+        x0 = self.student(x, level, draw.cond.tensors)
+        if not self.config.adversarial:
+            return Fakes(x0, [])
+        return Fakes(x0, self.discriminator.extract(x0, draw.cond, draw.u_fake, draw.eps_fake))
+
+    def discriminator_loss(self, draw: Draw, fakes: Fakes) -> tuple[Tensor, Figures]:
+        """L_D of detached fakes; gradients go to the heads alone."""
+        config, count = self.config, len(draw.x0)
+        with torch.no_grad():
+            # Real and mismatched samples in one pass of the backbone; heads see them one kind at a time.
+            x0, cond, eps, u = draw.x0, draw.cond, draw.eps_real, draw.u_real
+            if draw.wrong is not None:
+                x0, eps, u = torch.cat([x0, x0]), torch.cat([eps, eps]), torch.cat([u, u])
+                cond = draw.cond.joined(draw.wrong)
+            features = self.discriminator.extract(x0, cond, u, eps)
+        image = self._image(draw)
+        real = [f[:count].clone().requires_grad_(config.r1 > 0) for f in features]
+        real_logits = self.heads(real, draw.vector, draw.u_real, image)
+        fake_logits = self.heads([f.detach() for f in fakes.features], draw.vector, draw.u_fake, image)
+        loss = losses.gan_d(real_logits, fake_logits, config.gan)
+        if draw.wrong is not None:
+            wrong_logits = self.heads([f[count:] for f in features], draw.wrong_vector, draw.u_real, image)
+            loss = (loss + losses.gan_d(real_logits, wrong_logits, config.gan)) / 2
+        figures: Figures = {}
+        if config.r1:
+            figures["r1"] = losses.r1(real_logits, real)
+            loss = loss + config.r1 * figures["r1"]
+        if config.approximate_r1:
+            figures["approximate_r1"] = self._approximate_r1(draw, real_logits)
+            loss = loss + config.approximate_r1 * figures["approximate_r1"]
+        figures |= {"d_loss": loss} | _judgement(real_logits, fake_logits, config.gan)
+        return loss, {name: value.detach() for name, value in figures.items()}
+
+    def generator_loss(self, draw: Draw, fakes: Fakes) -> tuple[Tensor, Figures]:
+        """L_G of fakes with a graph."""
+        config = self.config
+        figures: Figures = {"x0_std": fakes.x0.std()}
+        terms = []
+        if config.adversarial:
+            logits = self.discriminator.score(fakes.features, draw.vector, draw.u_fake, self._image(draw))
+            figures["g_adversarial"] = losses.gan_g(logits, config.gan)
+            terms.append(config.adversarial * figures["g_adversarial"])
+        if config.distillation:
+            figures["g_distillation"] = self._distillation(draw, fakes.x0)
+            terms.append(config.distillation * figures["g_distillation"])
+        if config.reconstruction:
+            # The mean over the samples that start at pure noise, times their share: processes with other shares add up to the whole.
+            pure = (draw.u >= 1).to(fakes.x0.device).reshape(-1, *[1] * (fakes.x0.ndim - 1))
+            figures["g_reconstruction"] = losses.reconstruction(fakes.x0 * pure, draw.x0 * pure)
+            terms.append(config.reconstruction * figures["g_reconstruction"])
+        loss = torch.stack(terms).sum()
+        figures["g_loss"] = loss
+        return loss, {name: value.detach() for name, value in figures.items()}
+
+    def _distillation(self, draw: Draw, x0: Tensor) -> Tensor:
+        """L_dist: the teacher denoises the student's samples at random levels; it gets no gradient."""
+        config, codec = self.config, self.teacher.denoiser
+        with torch.no_grad():
+            x, level = self.teacher.path.add_noise(x0.detach(), draw.eps_teacher, draw.u_teacher)
+            target = self.teacher.x0(x, level, draw.cond, config.distillation_guidance)
+            if config.distillation_space == "pixel":
+                target = codec.decode(target)
+        seen = codec.decode(x0) if config.distillation_space == "pixel" else x0
+        return losses.distillation(seen, target, level, config.distillation_weight)
+
+    def _approximate_r1(self, draw: Draw, real_logits: list[Tensor]) -> Tensor:
+        """The input that the discriminator's backbone saw, with a little more noise, at the same level."""
+        std = self.config.approximate_r1_std
+        with torch.no_grad():
+            features = self.discriminator.extract(draw.x0, draw.cond, draw.u_real, draw.eps_real, std * draw.eps_perturb)
+        return losses.approximate_r1(real_logits, self.heads(features, draw.vector, draw.u_real, self._image(draw)), std)
+
+    def _image(self, draw: Draw) -> Tensor | None:
+        """Embeddings of the pictures that the student started from; none where it started from pure noise."""
+        source = self.discriminator.source
+        if not self.discriminator.image_dim or not isinstance(source, PixelEncoder):
+            return None
+        embedded = source.embed(draw.x0)
+        return embedded * (draw.u < 1).to(embedded).unsqueeze(1)
+
+
+def _judgement(real: list[Tensor], fake: list[Tensor], kind: str) -> Figures:
+    """Of each head: how often it is right, and its mean logits."""
+    border = 0.5 if kind == "lsgan" else 0.0
+    figures = {}
+    for k, (r, f) in enumerate(zip(real, fake, strict=True)):
+        r, f = r.detach(), f.detach()
+        figures[f"accuracy/{k}"] = ((r > border).float().mean() + (f < border).float().mean()) / 2
+        figures[f"logit_real/{k}"], figures[f"logit_fake/{k}"] = r.mean(), f.mean()
+    return figures

@@ -1,0 +1,197 @@
+"""The folder of a distillation: its settings, and checkpoints that are there whole or not at all.
+
+    RUN/config.json                     settings, and what the data was
+    RUN/log.jsonl                       figures
+    RUN/checkpoint-N/student/           after N rounds: the network in diffusers' layout, or pytorch_lora_weights.safetensors
+                    /student_ema/       the average of its weights
+                    /heads.safetensors  the discriminator's heads
+                    /optimizers.pt      both optimizers and learning-rate schedules
+                    /state.json         rounds done
+
+A checkpoint is written under another name, flushed to the disk and renamed. Randomness depends on (seed, round) alone, so there is
+no state of it to keep.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from genkit.distill.config import DistillConfig, changes
+from genkit.files import prepare_folder, write_atomic
+
+if TYPE_CHECKING:
+    from genkit.distill.trainer import DistillTrainer
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+class Run:
+    """A run's folder.
+
+    Args:
+        leads: whether this process writes.
+    """
+
+    def __init__(self, folder: Path, config: DistillConfig, *, leads: bool = True) -> None:
+        self.folder, self.config, self.leads = folder, config, leads
+
+    def open(self, trainer: DistillTrainer, resume: str | Path | None) -> None:
+        """Start a run in the folder, or go on with the one that is there.
+
+        Raises:
+            ValueError: a run is there and `resume` is None; or it was made with other settings; or there is no checkpoint.
+        """
+        prepare_folder(self.folder)
+        file = self.folder / "config.json"
+        settings = self.config.to_json() | {"data": trainer.draws.data.record.get("hash", "") or len(trainer.draws.data)}
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if resume is None:
+                raise ValueError(f"{str(self.folder)!r} already holds a run. Go on with it (--resume latest), or use another --out.")
+            differing = changes(found, settings)
+            if differing:
+                shown = "; ".join(f"{name} was {before!r}, now {after!r}" for name, (before, after) in differing.items())
+                raise ValueError(f"The run in {str(self.folder)!r} was made otherwise: {shown}. Use the same, or another --out.")
+        trainer.ranks.wait()
+        if self.leads:
+            write_atomic(file, (json.dumps(settings, indent=2) + "\n").encode())
+        if resume is not None:
+            self._restore(trainer, resume)
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints, the oldest first."""
+        found = [p for p in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+        return sorted(found, key=lambda p: int(p.name.partition("-")[2]))
+
+    def save(self, trainer: DistillTrainer) -> None:
+        """Write the checkpoint of the rounds that are done, if it is not there; then drop the oldest beyond the limit.
+
+        Raises:
+            OSError: it could not be written; earlier checkpoints are as they were.
+        """
+        target = self.folder / f"checkpoint-{trainer.step}"
+        if self.leads and not target.exists():
+            temporary = self.folder / f".{target.name}.{os.getpid()}.tmp"
+            try:
+                temporary.mkdir()
+                self._write(trainer, temporary)
+                _flush(temporary)
+                os.replace(temporary, target)
+            except (SafetensorError, RuntimeError) as error:
+                # What safetensors and torch.save raise when the disk is full.
+                raise OSError(f"The checkpoint {str(target)!r} could not be written ({error}). Is the disk full?") from error
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            limit = self.config.checkpoints_limit
+            for old in self.checkpoints()[:-limit] if limit else []:
+                shutil.rmtree(old)
+        trainer.ranks.wait()
+
+    def _write(self, trainer: DistillTrainer, folder: Path) -> None:
+        parameters = list(trainer.student.trained())
+        _save_student(trainer, folder / "student")
+        trainer.ema.store(parameters)
+        trainer.ema.copy_to(parameters)
+        try:
+            _save_student(trainer, folder / "student_ema")
+        finally:
+            trainer.ema.restore(parameters)
+        heads = {name: value.contiguous() for name, value in trainer.discriminator.state_dict().items()}
+        save_file(heads, folder / "heads.safetensors")
+        state = {
+            "student": trainer.student_optimizer.state_dict(), "heads": trainer.heads_optimizer.state_dict(),
+            "schedules": [schedule.state_dict() for schedule in trainer.schedules],
+            "ema_steps": trainer.ema.optimization_step,
+        }  # fmt: skip
+        torch.save(state, folder / "optimizers.pt")
+        (folder / "state.json").write_text(json.dumps({"step": trainer.step}) + "\n", encoding="utf-8")
+
+    def _restore(self, trainer: DistillTrainer, resume: str | Path) -> None:
+        folder = self._chosen(resume)
+        device = trainer.teacher.denoiser.device
+        try:
+            _load_student(trainer, folder / "student_ema")
+            averaged = [p.detach().clone() for p in trainer.student.trained()]
+            _load_student(trainer, folder / "student")
+            trainer.discriminator.load_state_dict(load_file(folder / "heads.safetensors", device=str(device)))
+            state = torch.load(folder / "optimizers.pt", map_location=device, weights_only=True)
+            trainer.step = int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
+        except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, EOFError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"The checkpoint {str(folder)!r} cannot be read ({reason}). Remove it to go on from an earlier one.") from error
+        trainer.student_optimizer.load_state_dict(state["student"])
+        trainer.heads_optimizer.load_state_dict(state["heads"])
+        for schedule, content in zip(trainer.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(content)
+        trainer.ema.shadow_params = averaged
+        trainer.ema.optimization_step = state["ema_steps"]
+
+    def _chosen(self, resume: str | Path) -> Path:
+        found = self.checkpoints()
+        if str(resume) == "latest":
+            if not found:
+                raise ValueError(f"{str(self.folder)!r} holds no checkpoint to resume from. Start afresh in another --out.")
+            return found[-1]
+        wanted = self.folder / str(resume) if not Path(resume).is_dir() else Path(resume)
+        if wanted not in found and not wanted.is_dir():
+            names = ", ".join(p.name for p in found) or "none"
+            raise ValueError(f"There is no checkpoint {str(resume)!r} in {str(self.folder)!r}. There are: {names}.")
+        return wanted
+
+
+def _save_student(trainer: DistillTrainer, folder: Path) -> None:
+    network = trainer.student.network
+    if not trainer.student.lora_rank:
+        network.save_pretrained(folder)
+        return
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir()
+    prefix = _prefix(trainer)
+    layers = {f"{prefix}.{name}": value.contiguous() for name, value in get_peft_model_state_dict(network).items()}
+    adapter = next(iter(network.peft_config.values())).to_dict()
+    metadata = {f"{prefix}.{name}": value for name, value in adapter.items()}
+    save_file(layers, folder / LORA_FILE, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, default=_plain)})
+
+
+def _load_student(trainer: DistillTrainer, folder: Path) -> None:
+    network = trainer.student.network
+    if not trainer.student.lora_rank:
+        loaded = type(network).from_pretrained(folder, dtype=torch.float32)
+        network.load_state_dict(loaded.state_dict())
+        return
+    from peft import set_peft_model_state_dict
+
+    prefix = _prefix(trainer) + "."
+    layers = {name.removeprefix(prefix): value for name, value in load_file(folder / LORA_FILE).items()}
+    set_peft_model_state_dict(network, layers)
+
+
+def _prefix(trainer: DistillTrainer) -> str:
+    """What diffusers calls the network in a LoRA file."""
+    pipe: DiffusionPipeline = trainer.teacher.denoiser.pipe
+    return "transformer" if getattr(pipe, "unet", None) is None else "unet"
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def _flush(folder: Path) -> None:
+    """Everything below a folder to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

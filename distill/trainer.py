@@ -1,0 +1,286 @@
+"""The trainer of ADD and LADD, on accelerate: rounds of two phases that cannot touch each other's weights.
+
+    discriminator   zero all gradients; L_D; nothing but heads may have gradients; update the heads
+    generator       zero all gradients; heads frozen; L_G; nothing but the student may have gradients; update student and EMA
+
+(A public script lets the generator's gradients stay in the heads and adds the discriminator's to them, which cancels its loss on
+fakes; the check at the end of each phase makes that impossible here.) A phase whose loss or gradient is not finite changes no
+weight: it is tried again with other noise, on all processes alike, and after `retries` failures the run stops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from genkit import noise as noises
+from genkit.console import progress
+from genkit.denoisers import Denoiser
+from genkit.distill.config import DistillConfig
+from genkit.distill.data import LatentDataset
+from genkit.distill.discriminator import FeatureDiscriminator
+from genkit.distill.draws import Draw, Draws
+from genkit.distill.monitor import Monitor
+from genkit.distill.networks import Student, Teacher
+from genkit.distill.rounds import Fakes, Figures, Rounds
+from genkit.distill.runs import Run
+from genkit.distill.setup import build_discriminator
+from genkit.ranks import Ranks
+
+
+class DistillTrainer:
+    """Distils a denoiser into a few-step student.
+
+    Args:
+        denoiser: the teacher, on the device of this process; frozen in place.
+        data: clean latents with conditions, of the teacher's latent space.
+        config: everything else.
+        folder: of the run: `config.json`, `checkpoint-N/`, `log.jsonl`, `previews/`.
+        ranks: the processes that train together, after `Ranks.join`.
+
+    Attributes:
+        step: rounds done.
+        student, discriminator: the trained networks, unwrapped.
+        ema: average of the student's weights.
+
+    Raises:
+        ValueError: data, levels, taps or heads that do not fit the teacher, or each other.
+
+    Example:
+        >>> trainer = DistillTrainer(pipe.denoiser, open_data("data", pipe.denoiser), DistillConfig(steps=2000), Path("run"))
+        >>> trainer.fit(resume="latest")
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, data: LatentDataset, config: DistillConfig, folder: Path, *, ranks: Ranks | None = None
+    ) -> None:
+        self.config, self.ranks, self.step = config, ranks or Ranks(), 0
+        torch.manual_seed(config.seed)
+        self.teacher = Teacher(denoiser)
+        self.draws = Draws(data, denoiser, config, self.ranks)
+        self.student = Student(self.teacher, lora_rank=config.lora_rank)
+        self.discriminator = build_discriminator(denoiser, self.draws, config).to(denoiser.device)
+        if config.gradient_checkpointing:
+            for network in (self.student.network, denoiser.network):
+                network.enable_gradient_checkpointing()
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=list(config.trackers) or None,
+            project_dir=str(folder),
+            cpu=denoiser.device.type == "cpu",
+            # Buffers are those of spectral norm, which are the same everywhere; sending them would change them between two passes.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self.run = Run(folder, config, leads=self.ranks.leads)
+        self.monitor = Monitor(self)
+        self._prepare()
+        self._stopping = False
+
+    def _prepare(self) -> None:
+        config = self.config
+
+        def adamw(parameters: Any, lr: float, decay: float) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(list(parameters), lr=lr, betas=(0.0, 0.99), weight_decay=decay)
+
+        def schedule(optimizer: Any) -> Any:
+            return get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup, config.steps)
+
+        optimizers = (
+            adamw(self.student.trained(), config.learning_rate, config.weight_decay),
+            adamw(self.discriminator.parameters(), config.disc_lr, 0.0),
+        )
+        self.schedules = [schedule(optimizer) for optimizer in optimizers]
+        # One network with its optimizer at a time, as FSDP2 wants it. The teacher is not prepared: it has nothing to reduce.
+        self.wrapped_student, self.student_optimizer = self.accelerator.prepare(self.student, optimizers[0])
+        self.wrapped_heads, self.heads_optimizer = self.accelerator.prepare(self.discriminator, optimizers[1])
+        self.ema = EMAModel(list(self.student.trained()), decay=config.ema, foreach=True)
+        self.rounds = Rounds(self.teacher, self.wrapped_student, self.discriminator, self.wrapped_heads, config)
+
+    def fit(self, resume: str | Path | None = None) -> None:
+        """Train until `config.steps` rounds are done; on SIGTERM or Ctrl-C finish the round, save and return.
+
+        Args:
+            resume: "latest", a checkpoint of the folder, or None for a fresh run in an empty folder.
+
+        Raises:
+            ValueError: a run in the folder that is not to be resumed, or that was made otherwise (with the difference).
+            FloatingPointError: a round stayed NaN or infinite; what was finite last is saved.
+            OSError: a checkpoint could not be written; earlier ones are whole.
+        """
+        self.run.open(self, resume)
+        with self._signals(), progress(disable=not self.ranks.leads) as bar, self.monitor:
+            task = bar.add_task("distilling", total=self.config.steps, completed=self.step)
+            try:
+                while self.step < self.config.steps and not self._stop_agreed():
+                    figures = self._round()
+                    self.step += 1
+                    self.monitor.record(figures)
+                    bar.update(task, completed=self.step, description=self.monitor.summary())
+                    if self._due(self.config.checkpoint_every):
+                        self.run.save(self)
+                    if self._due(self.config.preview_every):
+                        self.monitor.preview()
+            except FloatingPointError:
+                self.run.save(self)
+                raise
+            self.run.save(self)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last `fit` ended before its time."""
+        return self.step < self.config.steps
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _round(self) -> dict[str, float]:
+        """One update of the heads, one of the student."""
+        # Only the augmentation of pictures (ADD) and dropout of the student, if it has any, ask torch's own generator.
+        torch.manual_seed(noises.mix((self.config.seed << 32) + self.step, noises.TRAINING + 1000 + self.ranks.index))
+        figures: dict[str, float] = {}
+        kept: Kept | None = None
+        if self.config.adversarial:
+            kept = Kept()
+            figures |= self._attempt("discriminator", lambda attempt: self._discriminator_phase(attempt, kept))
+        figures |= self._attempt("generator", lambda attempt: self._generator_phase(attempt, kept))
+        for schedule in self.schedules:
+            schedule.step()
+        return figures
+
+    def _attempt(self, name: str, phase: Callable[[int], dict[str, float]]) -> dict[str, float]:
+        """A phase, repeated with other noise as long as it is not finite."""
+        broken: list[str] = []
+        for attempt in range(self.config.retries + 1):
+            figures = phase(attempt)
+            broken = [key for key, value in figures.items() if not math.isfinite(value)]
+            if not broken:
+                return figures
+        raise FloatingPointError(
+            f"Round {self.step + 1}: {', '.join(broken)} of the {name} stayed NaN or infinite in {self.config.retries + 1} attempts. "
+            "The weights from before are saved. Lower --lr and --disc-lr, or check the data for extreme values."
+        )
+
+    def _discriminator_phase(self, attempt: int, kept: Kept) -> dict[str, float]:
+        """Gradients and update of the heads. In a fused round the fakes are made with their graph, and kept."""
+        self._zero()
+        figures: list[Figures] = []
+        for draw, synchronised in self._draws(attempt, self.wrapped_heads):
+            with synchronised, self.accelerator.autocast():
+                with torch.set_grad_enabled(self.config.is_fused):
+                    fakes = self.rounds.fakes(draw)
+                loss, found = self.rounds.discriminator_loss(draw, fakes)
+                self.accelerator.backward(loss / self.config.accumulation)
+            figures.append(found)
+            if self.config.is_fused:
+                kept.draw, kept.fakes = draw, fakes
+        return self._finish("d", self.discriminator, self.heads_optimizer, self.student, figures)
+
+    def _generator_phase(self, attempt: int, kept: Kept | None) -> dict[str, float]:
+        """Gradients and update of the student, against heads that are frozen."""
+        self._zero()
+        figures: list[Figures] = []
+        with _frozen(self.discriminator):
+            for draw, synchronised in self._draws(attempt, self.wrapped_student):
+                with synchronised, self.accelerator.autocast():
+                    if kept is not None and kept.fakes is not None and kept.draw is not None:
+                        draw, fakes = kept.draw, kept.fakes
+                        kept.fakes = None  # its graph serves once
+                    else:
+                        fakes = self.rounds.fakes(draw)
+                    loss, found = self.rounds.generator_loss(draw, fakes)
+                    self.accelerator.backward(loss / self.config.accumulation)
+                figures.append(found)
+        found = self._finish("g", self.student, self.student_optimizer, self.discriminator, figures)
+        if all(math.isfinite(value) for value in found.values()):
+            self.ema.step(list(self.student.trained()))
+        return found
+
+    def _draws(self, attempt: int, wrapped: nn.Module) -> Iterator[tuple[Draw, Any]]:
+        """The micro-batches of the round; gradients are exchanged in the last one."""
+        last = self.config.accumulation - 1
+        for micro in range(last + 1):
+            yield self.draws(self.step, micro, attempt), nullcontext() if micro == last else self.accelerator.no_sync(wrapped)
+
+    def _zero(self) -> None:
+        for optimizer in (self.student_optimizer, self.heads_optimizer):
+            optimizer.zero_grad(set_to_none=True)
+
+    def _finish(
+        self, name: str, network: nn.Module, optimizer: Any, other: nn.Module, figures: list[Figures]
+    ) -> dict[str, float]:
+        """Check that gradients are where they belong and finite, then update; the figures, means over micro-batches and processes."""
+        for foreign in (other, self.teacher.denoiser.network):
+            strays = [key for key, p in foreign.named_parameters() if p.grad is not None and not _shared(p, network)]
+            if strays:
+                raise RuntimeError(f"The phase {name!r} left a gradient in {strays[0]} of {type(foreign).__name__}.")
+        norm = self.accelerator.clip_grad_norm_(network.parameters(), self.config.grad_clip or math.inf)
+        keys = list(figures[0])
+        values = torch.stack([torch.stack([found[key].float() for found in figures]).mean() for key in keys])
+        # A value that is not finite on one process is not finite in the mean, so all decide alike.
+        values = self.accelerator.reduce(torch.cat([values, torch.as_tensor(norm).to(values).reshape(1)]), "mean")
+        means = dict(zip([*keys, f"{name}_gradient"], values.tolist(), strict=True))
+        if all(math.isfinite(value) for value in means.values()):
+            optimizer.step()
+        return means
+
+    def _stop_agreed(self) -> bool:
+        """Whether any process was told to stop: all stop after the same round."""
+        if self.ranks.world == 1:
+            return self._stopping
+        flag = torch.tensor(float(self._stopping), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end the run after the round; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            if self._stopping:
+                raise KeyboardInterrupt
+            self._stopping = True
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclasses.dataclass
+class Kept:
+    """What the discriminator's phase of a fused round leaves for the generator's."""
+
+    draw: Draw | None = None
+    fakes: Fakes | None = None
+
+
+@contextmanager
+def _frozen(discriminator: nn.Module) -> Iterator[None]:
+    """Heads without gradients, in eval mode, where spectral norm does not move."""
+    discriminator.requires_grad_(False).eval()
+    try:
+        yield
+    finally:
+        discriminator.requires_grad_(True).train()
+
+
+def _shared(parameter: nn.Parameter, network: nn.Module) -> bool:
+    """Whether a parameter is the network's own too, as a LoRA student's base is its teacher's."""
+    return any(parameter is own for own in network.parameters() if own.requires_grad)
