@@ -16,9 +16,7 @@ from genkit.distill.spec import FewStepSpec
 HERE = "path/to/this/folder"  # how the card's code names the folder that the card is in
 
 
-def model_card(
-    student: Denoiser, spec: FewStepSpec, *, lora: bool, found: Mapping[str, float], figures: Mapping[str, Any]
-) -> str:
+def model_card(student: Denoiser, spec: FewStepSpec, *, lora: bool, found: Mapping[str, float], figures: Mapping[str, Any]) -> str:
     """README.md of an exported student.
 
     Args:
@@ -92,7 +90,8 @@ def _genkit_code(student: Denoiser, spec: FewStepSpec) -> str:
 
 def _arguments(student: Denoiser, call: Mapping[str, Any]) -> str:
     """A call's arguments as code, with something to draw."""
-    subject = {"DiT": ["class_labels=[207]"], "UNet2D": []}.get(student.family, ['"a red seven"'])
+    first = {name: values[:1] for name, values in gate.subject(student).items()}
+    subject = [repr(value[0]) if name == "prompt" else f"{name}={value}" for name, value in first.items()]
     return ", ".join(subject + [f"{name}={_literal(value)}" for name, value in call.items()])
 
 

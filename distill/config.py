@@ -178,14 +178,33 @@ class DistillConfig:
             raise ValueError(f"A setting has a value of another type: {error}.") from error
 
     @classmethod
-    def read(cls, file: Path, **changes: Any) -> DistillConfig:
-        """A recipe: a TOML file whose [distill] table has these settings; `changes` that are not None win.
+    def preset(cls, method: str, *, synthetic: bool, side: int, recipe: Path | None = None, **changes: Any) -> DistillConfig:
+        """The settings of a method, then those of a recipe, then `changes` that are not None.
+
+        Args:
+            synthetic: the data are samples of the teacher, to which LADD needs no distillation loss; on real data it has 0.5.
+            side: of the latents; below 64 the discriminator looks at less noise.
+            recipe: a TOML file whose [distill] table has these settings.
 
         Raises:
-            ValueError: it is no TOML, or has unknown settings.
+            ValueError: a method, setting or file that cannot be used.
         """
-        content = read_toml(file).get("distill", {})
-        return cls.from_json({**content, **{name: value for name, value in changes.items() if value is not None}})
+        if method not in METHODS:
+            raise unknown("method", method, METHODS)
+        values: dict[str, Any] = {"method": method}
+        if method == "ladd":
+            values |= {"disc_noise": "logit-normal:0,1" if side < 64 else "logit-normal:1,1", "distillation": 0.0 if synthetic else 0.5}
+        else:
+            values |= {
+                "distillation": 2.5, "distillation_space": "pixel", "encoder": "vit_small_patch14_dinov2", "mismatched": False,
+                "disc_condition": ("text", "image"),
+            }  # fmt: skip
+        if recipe is not None:
+            table = read_toml(recipe).get("distill", {})
+            if table.get("method", method) != method:
+                raise ValueError(f"The recipe {str(recipe)!r} is for {table['method']!r}, not {method!r}.")
+            values |= table
+        return cls.from_json(values | {name: value for name, value in changes.items() if value is not None})
 
 
 def read_toml(file: Path) -> dict[str, Any]:

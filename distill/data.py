@@ -26,6 +26,7 @@ from genkit.distill.shards import Shard, difference, identity, read_record, sett
 from genkit.ranks import Ranks
 
 MEMORY = 2**29  # bytes: latents up to this size are held in memory
+_ORDER = 60  # a stream of `genkit.noise` of its own, so that the order has nothing to do with what is drawn for training
 
 
 def latent_space(denoiser: Denoiser) -> dict[str, Any]:
@@ -232,7 +233,7 @@ def _count(sizes: Sequence[int]) -> str:
 @functools.lru_cache(maxsize=4)
 def _epoch(sizes: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> list[tuple[int, list[int]]]:
     """The batches of an epoch: number of the bucket, and positions within it."""
-    generator = torch.Generator().manual_seed(noise.mix((seed << 32) + epoch, noise.TRAINING))
+    generator = torch.Generator().manual_seed(noise.mix((seed << 32) + epoch, _ORDER))
     batches = []
     for bucket, size in enumerate(sizes):
         order = torch.randperm(size, generator=generator).tolist()

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from genkit.denoisers import Denoiser
 from genkit.distill import gate
 from genkit.distill.card import model_card
-from genkit.distill.runs import LORA_FILE
+from genkit.distill.trained import LORA_FILE
 from genkit.distill.schedule import scheduler_for
 from genkit.distill.spec import FewStepSpec
 from genkit.errors import unknown
@@ -30,7 +30,6 @@ from genkit.files import prepare_folder
 from genkit.pipelines import GuidedPipeline
 
 FORMATS = ("pipeline", "lora")
-
 
 
 def export_pipeline(

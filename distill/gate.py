@@ -49,7 +49,7 @@ def stock_call(denoiser: Denoiser, spec: FewStepSpec, count: int) -> dict[str, A
     accepted = inspect.signature(pipe.__call__).parameters
     custom = set_levels(spec, denoiser, pipe.scheduler, count, denoiser.latent_shape(spec.height, spec.width))
     unconditional = "prompt" not in accepted and "class_labels" not in accepted
-    if not set(custom) <= set(accepted) or (unconditional and _subject(denoiser)):
+    if not set(custom) <= set(accepted) or (unconditional and subject(denoiser)):
         return None
     if _draws_pictures(denoiser) and float(pipe.scheduler.init_noise_sigma) != 1:
         return None
@@ -87,14 +87,14 @@ def differences(student: Denoiser, exported: DiffusionPipeline, spec: FewStepSpe
             if _draws_pictures(student):
                 expected = (student.decode(expected) / 2 + 0.5).clamp(0, 1)
             yield "stock", count, _distance(_stock(guided.denoiser, call, shape), expected)
-        x = guided(**_subject(student), num_inference_steps=count, seeds=_SEEDS, output_type="latent").images
+        x = guided(**subject(student), num_inference_steps=count, seeds=_SEEDS, output_type="latent").images
         yield "genkit", count, _distance(x, _trained(student, spec, count, _seeded_noise(student, shape, count)))
 
 
 def _trained(student: Denoiser, spec: FewStepSpec, count: int, drawn: list[Tensor]) -> Tensor:
     """Clean samples (B, C, h, w) by the trainer's sampler."""
     names = {"prompt": "prompts", "class_labels": "labels"}
-    cond = student.condition(**{names[name]: value for name, value in _subject(student).items()})
+    cond = student.condition(**{names[name]: value for name, value in subject(student).items()})
 
     def x0_of(x: Tensor, level: Level) -> Tensor:
         return student(x, level, cond if cond.tensors else None, guidance_scale=spec.guidance_scale).x0
@@ -105,7 +105,7 @@ def _trained(student: Denoiser, spec: FewStepSpec, count: int, drawn: list[Tenso
 def _stock(denoiser: Denoiser, call: dict[str, Any], shape: Sequence[int]) -> Tensor:
     """Samples (B, C, h, w) of the stock pipeline, or pictures (B, 3, H, W) in [0, 1] where it gives nothing else."""
     accepted = inspect.signature(denoiser.pipe.__call__).parameters
-    arguments = {**call, **(_subject(denoiser) or {"batch_size": len(_SEEDS)})}
+    arguments = {**call, **(subject(denoiser) or {"batch_size": len(_SEEDS)})}
     if "height" in accepted:
         arguments |= {"height": shape[-2] * denoiser.factor, "width": shape[-1] * denoiser.factor}
     if "use_resolution_binning" in accepted:
@@ -145,8 +145,8 @@ def _seeded(denoiser: Denoiser) -> Iterator[None]:
         yield
 
 
-def _subject(denoiser: Denoiser) -> dict[str, Any]:
-    """What to draw, as the pipelines take it; nothing for an unconditional model."""
+def subject(denoiser: Denoiser) -> dict[str, Any]:
+    """What is drawn, two of it, as the pipelines take it; nothing for an unconditional model."""
     if denoiser.family == "DiT" or (denoiser.family == "UNet2D" and denoiser.network.config.num_class_embeds):
         return {"class_labels": [0, 1]}
     return {} if denoiser.family == "UNet2D" else {"prompt": _PROMPTS}

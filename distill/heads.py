@@ -12,6 +12,7 @@ real and generated ones may share a batch; the batch statistics of the StyleGAN-
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class ConvHead(nn.Module):
         super().__init__()
         if width < GROUPS or width % GROUPS or depth < 0:
             raise ValueError(f"width={width} must be a positive multiple of {GROUPS}, and depth={depth} not negative.")
-        normed = spectral_norm if spectral else lambda module: module
+        normed: Callable[[nn.Module], nn.Module] = spectral_norm if spectral else lambda module: module
         self.conv_in = normed(nn.Conv2d(channels, width, 1))
         self.embed = nn.Sequential(normed(nn.Linear(cond_dim, EMBEDDING)), nn.SiLU()) if cond_dim else None
         self.blocks = nn.ModuleList([_Block(width, EMBEDDING if cond_dim else 0, normed) for _ in range(depth)])
@@ -64,7 +65,7 @@ class ConvHead(nn.Module):
 class _Block(nn.Module):
     """h + conv(silu((1 + scale) norm(h) + shift)), with scale and shift from the condition."""
 
-    def __init__(self, width: int, cond_dim: int, normed) -> None:
+    def __init__(self, width: int, cond_dim: int, normed: Callable[[nn.Module], nn.Module]) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(GROUPS, width)
         self.film = normed(nn.Linear(cond_dim, 2 * width)) if cond_dim else None

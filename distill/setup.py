@@ -10,7 +10,7 @@ from genkit.distill.draws import Draws
 from genkit.distill.sources import FeatureSource, PixelEncoder, TeacherTaps
 
 # Stages of the embedded classifiers whose features ADD's discriminator reads.
-CLASSIFIER_TAPS = ("blocks.1", "blocks.3", "blocks.5")
+CLASSIFIER_TAPS = ("blocks.1", "blocks.2", "blocks.3")
 
 
 def build_discriminator(denoiser: Denoiser, draws: Draws, config: DistillConfig) -> FeatureDiscriminator:

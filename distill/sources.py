@@ -149,7 +149,7 @@ class PixelEncoder(FeatureSource):
 
     Example:
         >>> classifier = load_classifier("digits-classifier")
-        >>> source = PixelEncoder(classifier, pipe.denoiser.codec, ["blocks.0", "blocks.1", "blocks.3"], size=32)
+        >>> source = PixelEncoder(classifier, pipe.denoiser.codec, ["blocks.1", "blocks.2", "blocks.3"], size=32)
         >>> source = PixelEncoder.timm("vit_small_patch14_dinov2", pipe.denoiser.codec)
     """
 
@@ -159,7 +159,7 @@ class PixelEncoder(FeatureSource):
         self,
         encoder: nn.Module,
         codec: LatentCodec | None,
-        taps: Sequence[str],
+        taps: Sequence[str | int],
         *,
         size: int,
         mean: Sequence[float] = (0.5, 0.5, 0.5),

@@ -15,6 +15,7 @@ from typing import Any
 
 from genkit import _host, zoo
 from genkit.denoisers import Denoiser
+from genkit.denoisers.base import accepts
 from genkit.denoisers.registry import find_for
 from genkit.distill.schedule import as_arguments, is_flow, visits
 from genkit.distill.spec import FewStepSpec
@@ -116,7 +117,9 @@ def _folder(model: str) -> Path:
             folder = Path(snapshot_download(model, allow_patterns=["*.json"]))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise OSError(f"The model {model!r} is no folder here, and the Hub does not give it ({reason}). Check its name.") from error
+            raise OSError(
+                f"The model {model!r} is no folder here, and the Hub does not give it ({reason}). Check its name."
+            ) from error
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {model!r}.")
     if not (folder / "model_index.json").is_file():
@@ -166,7 +169,10 @@ def _wrong_levels(scheduler: Any, levels: Sequence[Level], student: FewStepSpec 
         name, values = next(iter(as_arguments(scheduler, ours).items()))
         seen = ", ".join(f"{float(level.t):g}" for level in levels)
         text = f"In {_steps(count)} its default schedule visits the timesteps {seen}, which the student was not trained at."
-        yield Finding("not-its-levels", True, text, f"Pass {name}={[round(value, 6) for value in values]} in the call.")
+        advice = f"Pass {name}={[round(value, 6) for value in values]} in the call."
+        if not accepts(scheduler, name):
+            advice = "Use the scheduler that came with the student."
+        yield Finding("not-its-levels", True, text, advice)
     trailing = 'timestep_spacing="trailing"' if "timestep_spacing" in scheduler.config else "sigmas that start at 1"
     if first < _START:
         text = (
@@ -174,21 +180,23 @@ def _wrong_levels(scheduler: Any, levels: Sequence[Level], student: FewStepSpec 
             "signal, but a run starts from pure noise: the picture comes out as noise, or grey."
         )
         yield Finding("low-start", True, text, f"Use a scheduler with {trailing}.")
-    elif (alpha := _visit(scheduler, levels[0]).alpha) > 1e-3:
+    elif student is None and (alpha := _visit(scheduler, levels[0]).alpha) > 1e-3:  # students are trained for it
         text = (
             f"At its first level alpha is {alpha:.3f}, not 0, though a run starts from pure noise. Errors of a noise prediction there "
             f"count {1 / alpha:.0f} times in x0."
         )
-        advice = "Harmless for a student that was trained on pure noise at this level, as genkit does."
-        if student is None:
-            advice = "Usual for Stable Diffusion. For very dark or bright pictures: rescale_betas_zero_snr, with a model trained for it."
+        advice = (
+            "Usual for Stable Diffusion. For very dark or bright pictures: rescale_betas_zero_snr, with a model trained for it."
+        )
         yield Finding("terminal-snr", False, text, advice)
     twice = _shifted_twice(scheduler, levels[-1]) if count > 1 else None
     if twice is not None:
         yield Finding("shift-twice", True, twice, "Pass sigmas in the call.")
     if count > 1 and last <= _END:
         even = [round(1 - i / count, 4) for i in range(count)]
-        advice = f"Pass sigmas={even} in the call (before the shift)." if is_flow(scheduler) else f"Use a scheduler with {trailing}."
+        advice = (
+            f"Pass sigmas={even} in the call (before the shift)." if is_flow(scheduler) else f"Use a scheduler with {trailing}."
+        )
         text = f"The last of {_steps(count)}, at timestep {float(levels[-1].t):g}, is wasted: hardly any noise is left there."
         yield Finding("wasted-step", True, text, advice)
 
@@ -215,7 +223,9 @@ def _guidance(denoiser: Denoiser, student: FewStepSpec | None) -> Iterator[Findi
         return
     default, own = accepted["guidance_scale"].default, student.guidance_scale
     if default != own:
-        text = f"{type(denoiser.pipe).__name__} uses guidance_scale={default:g} by default, but the student was trained for {own:g}."
+        text = (
+            f"{type(denoiser.pipe).__name__} uses guidance_scale={default:g} by default, but the student was trained for {own:g}."
+        )
         yield Finding("guidance", True, text, f"Pass guidance_scale={own:g} in the call.")
 
 

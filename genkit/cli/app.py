@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from genkit.cli.classify import classify
+from genkit.cli.distill import distill
 from genkit.cli.doctor import doctor
 from genkit.cli.export import export
 from genkit.cli.features import features
@@ -50,6 +51,7 @@ app.command()(classify)
 app.command()(features)
 app.command()(synth)
 app.add_typer(train, name="train")
+app.command()(distill)
 app.command()(export)
 app.add_typer(zoo, name="zoo")
 app.command()(doctor)

@@ -53,7 +53,7 @@ def export(
         [bold]genkit sample "a red seven" --model turbo --steps 1[/bold]
     """
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
-        from genkit.distill.runs import WHICH, Run
+        from genkit.distill.trained import WHICH, TrainedRun
         from genkit.errors import unknown
         from genkit.recipe import DTYPES
 
@@ -62,7 +62,7 @@ def export(
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
         measured = _read_figures(figures)
-        source = Run(run)
+        source = TrainedRun(run)
         spec = source.spec(sampler=sampler, teacher=teacher)
         weights = source.weights(which, checkpoint)
         document: dict[str, Any] = {"folder": str(out), "format": format, "weights": str(weights), "levels": list(spec.levels)}
@@ -72,7 +72,7 @@ def export(
         import torch
 
         from genkit.distill.export import export_pipeline
-        from genkit.distill.runs import load_network
+        from genkit.distill.trained import load_network
         from genkit.runner import load
 
         pipe = load(spec.teacher, device=resolve_device(device), quiet=quiet)

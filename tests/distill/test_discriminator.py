@@ -152,7 +152,9 @@ def test_a_network_without_known_blocks_needs_module_paths(sd):
 
     plain = with_network(sd[0], nn.Sequential(nn.Conv2d(4, 8, 1), nn.SiLU()))
     for taps in ("quarter", "all"):
-        with pytest.raises(ValueError, match=rf"Sequential has no blocks that genkit knows. Give taps as module paths, not '{taps}'"):
+        with pytest.raises(
+            ValueError, match=rf"Sequential has no blocks that genkit knows. Give taps as module paths, not '{taps}'"
+        ):
             TeacherTaps(plain, taps)
     assert TeacherTaps(plain, ["0"]).names == ["0"]
 
@@ -244,7 +246,7 @@ def test_the_classifier_of_digits_reads_decoded_digits():
     """The embedded encoder for ADD on digits; its own VAE decodes."""
     vae = diffusers.AutoencoderKL.from_pretrained(zoo.path("digits"), subfolder="vae")
     classifier = load_classifier("digits-classifier")
-    source = PixelEncoder(classifier, LatentCodec.from_vae(vae), ["blocks.1", "blocks.3"], size=32)
+    source = PixelEncoder(classifier, LatentCodec.from_vae(vae), ["blocks.1", "blocks.2", "blocks.3"], size=32)
     x0 = torch.randn(2, 4, 8, 8, requires_grad=True)
     features = source(x0, eps=torch.randn(2, 4, 8, 8))
     assert [f.shape[1] for f in features] == source.channels

@@ -173,7 +173,9 @@ def test_distribution_matching_vanishes_when_both_scores_agree():
 # (v) parameterisations
 
 
-@pytest.mark.parametrize("level", [vp(0.9), vp(0.068), Level(0.3, 0.7, 0), Level(1.0, 14.6, 0)], ids=lambda v: f"{v.alpha:g}-{v.sigma:g}")
+@pytest.mark.parametrize(
+    "level", [vp(0.9), vp(0.068), Level(0.3, 0.7, 0), Level(1.0, 14.6, 0)], ids=lambda v: f"{v.alpha:g}-{v.sigma:g}"
+)
 def test_conversions_round_trip(level):
     x, raw = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator()).unbind()
     for kind in KINDS:
