@@ -91,7 +91,7 @@ def _genkit_code(student: Denoiser, spec: FewStepSpec) -> str:
 def _arguments(student: Denoiser, call: Mapping[str, Any]) -> str:
     """A call's arguments as code, with something to draw."""
     first = {name: values[:1] for name, values in gate.subject(student).items()}
-    subject = [repr(value[0]) if name == "prompt" else f"{name}={value}" for name, value in first.items()]
+    subject = [f'"{value[0]}"' if name == "prompt" else f"{name}={value}" for name, value in first.items()]
     return ", ".join(subject + [f"{name}={_literal(value)}" for name, value in call.items()])
 
 

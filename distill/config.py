@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from genkit.distill.samplers import LevelSampler, NoiseSampler
 from genkit.errors import unknown
 
 METHODS = ("ladd", "add")
 # What may differ between a run and its continuation.
-FREE = ("steps", "checkpoint_every", "checkpoints_limit", "preview_every", "preview_count", "log_every", "trackers", "loader_batch")
+FREE = ("steps", "checkpoint_every", "checkpoints_limit", "preview_every", "preview_count", "log_every", "trackers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,11 +38,13 @@ class DistillConfig:
         r1: weight of the gradient penalty on head inputs (ADD: 1e-5).
         approximate_r1: weight of the finite-difference penalty instead; `approximate_r1_std` is its perturbation.
         adversarial, distillation, reconstruction: weights of the generator's losses: against the discriminator; to the teacher's
-            denoising of the student's samples (ADD: 2.5; 0.5 for LADD on real data, 0 on synthetic); to the teacher's sample of the
-            same initial noise (needs paired data).
+            denoising of the student's samples (ADD: 2.5; 0.5 for LADD on real data, 0 on synthetic); to the clean samples
+            themselves, which at level 1 are those that the teacher makes of the same noise (needs paired data; AMD's Nitro-1).
         distillation_weight, distillation_space, distillation_guidance: "alpha", "sds" or "const"; "latent" or "pixel"; scale of
             classifier-free guidance in the teacher.
         encoder: image encoder of ADD: a timm ViT, or an embedded classifier.
+        task: "generate"; "inpaint": the student gets random masks and what is outside of them, as Stable Diffusion's inpainting
+            networks do, and only the inside is its own.
         lora_rank: 0 trains all weights, else adapters of this rank.
         lr, disc_lr: learning rates of AdamW, betas (0, 0.99); `lr` defaults to 1e-5, or 5e-5 for LoRA.
         lr_scheduler, lr_warmup: diffusers' name of the schedule, and its warm-up in rounds.
@@ -86,6 +89,7 @@ class DistillConfig:
     distillation_space: str = "latent"
     distillation_guidance: float = 1.0
     encoder: str = ""
+    task: str = "generate"
     lora_rank: int = 0
     lr: float | None = None
     disc_lr: float = 1e-4
@@ -115,13 +119,22 @@ class DistillConfig:
         for name, known in (
             ("gan", ("hinge", "softplus", "lsgan")), ("head", ("conv2d", "stylegan-t")),
             ("distillation_weight", ("alpha", "sds", "const")), ("distillation_space", ("latent", "pixel")),
-            ("mixed_precision", ("no", "bf16")),
+            ("mixed_precision", ("no", "bf16")), ("task", ("generate", "inpaint")),
         ):  # fmt: skip
             value = getattr(self, name)
             if value == "fp16" and name == "mixed_precision":
                 raise ValueError("mixed_precision='fp16' makes adversarial distillation diverge. Use bf16, or no.")
             if value not in known:
                 raise unknown(name, str(value), known)
+        for names, kind, what in (
+            (("levels", "level_probs", "warmup_probs"), (int, float), "must be a list of numbers"),
+            (("disc_condition", "trackers"), str, "must be a list of texts"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                self._require(name, value is None or (isinstance(value, tuple) and all(isinstance(v, kind) for v in value)), what)
+        LevelSampler(self.levels, self.level_probs, self.warmup_probs, self.warmup_steps)
+        NoiseSampler.parse(self.disc_noise)
         for name in ("steps", "batch_size", "accumulation", "log_every", "head_width", "disc_lr"):
             self._require(name, getattr(self, name) > 0, "must be positive")
         for name in (

@@ -30,6 +30,8 @@ class Draw:
 
     Args:
         x0: clean samples (B, c, h, w).
+        student_cond: what the student is told.
+        mask: (B, 1, h, w), 1 where the student paints; None where it makes the whole sample.
         cond, wrong: their conditions, and those of other samples (None where mismatched pairs are off).
         vector, wrong_vector: the same for heads, (B, D).
         u, eps: level and noise of the student's input.
@@ -39,6 +41,8 @@ class Draw:
     """
 
     x0: Tensor
+    student_cond: Cond
+    mask: Tensor | None
     cond: Cond
     wrong: Cond | None
     vector: Tensor
@@ -79,8 +83,9 @@ class Draws:
         self.levels = LevelSampler(config.levels, config.level_probs, config.warmup_probs, config.warmup_steps)
         self.noise = NoiseSampler.parse(config.disc_noise)
         self.num_classes: int | None = getattr(denoiser, "num_classes", None)
+        self.extra_channels = self._extra_channels()
         # Without conditions there is nothing to mismatch.
-        self.mismatched = config.mismatched and bool(data.condition(denoiser, [0]).tensors)
+        self.mismatched = config.mismatched and bool(data.condition(denoiser, [0]).without_concat().tensors)
 
     def __call__(self, step: int, micro: int = 0, attempt: int = 0) -> Draw:
         """Micro-batch `micro` of round `step` for this process; another `attempt` has other noise."""
@@ -103,15 +108,26 @@ class Draws:
         if config.reconstruction:
             pure = (u[mine] >= 1).to(x0.device).reshape(-1, *[1] * (x0.ndim - 1))
             eps_student = torch.where(pure, self.data.noise([rows[i] for i in mine]).to(x0), eps_student)
+        own = cond[here] if cond.tensors else cond
+        mask = random_masks(mine, step, config.seed, x0.shape[-2:]).to(x0) if config.task == "inpaint" else None
         return Draw(
-            x0, cond[here] if cond.tensors else cond, cond[there] if self.mismatched else None, vector[here], vector[there],
+            x0, own if mask is None else masked(own, x0, mask), mask, own.without_concat(), cond[there].without_concat() if self.mismatched else None, vector[here], vector[there],
             u[mine], eps_student, u_real[mine], eps[_REAL], u_fake[mine], eps[_FAKE], u_teacher[mine], eps[_TEACHER],
             eps[_PERTURB],
         )  # fmt: skip
 
+    def _extra_channels(self) -> int:
+        """Channels that the student's input has beyond the teacher's: a mask and the rest, or what the data concatenates."""
+        concat = self.data.condition(self.denoiser, [0]).tensors.get("concat")
+        if self.config.task == "inpaint":
+            if concat is not None:
+                raise ValueError("The data has a condition 'concat' of its own, for editing, so it cannot train task='inpaint'.")
+            return 1 + self.data.shapes[0][0]
+        return 0 if concat is None else concat.shape[1]
+
     def example(self) -> tuple[Tensor, Cond, Tensor]:
         """Of one sample of the data: latents, condition and vector, for the sizes of what is built for it."""
-        x0, cond = self.data.latents([0]).to(self.denoiser.device), self.data.condition(self.denoiser, [0])
+        x0, cond = self.data.latents([0]).to(self.denoiser.device), self.data.condition(self.denoiser, [0]).without_concat()
         return x0, cond, self._vector(cond, x0)
 
     def _vector(self, cond: Cond, x0: Tensor) -> Tensor:
@@ -122,3 +138,23 @@ class Draws:
         """Noise like x0 for items of the global batch of a round."""
         key = noises.mix((self.config.seed << 32) + step, noises.TRAINING + 1 + use + 97 * attempt) << 32
         return noises.normal([key | i for i in items], x0.shape[1:], noises.TRAINING).to(x0)
+
+
+def masked(cond: Cond, x0: Tensor, mask: Tensor) -> Cond:
+    """The condition of an inpainting student: behind the sample the mask (B, 1, h, w), then x0 (B, c, h, w) outside of it."""
+    return cond.with_concat(torch.cat([mask, (1 - mask) * x0], dim=1))
+
+
+def random_masks(items: Sequence[int], step: int, seed: int, size: Sequence[int]) -> Tensor:
+    """Masks (B, 1, h, w) of the latents' size (h, w), 1 where to paint: rectangles of a quarter to the full length of each side,
+    an eighth of them everything; a function of (item, step, seed)."""
+    masks = torch.zeros(len(items), 1, *size)
+    for mask, item in zip(masks, items, strict=True):
+        generator = torch.Generator().manual_seed(noises.mix((seed << 32) + step, noises.TRAINING + 60) ^ item)
+        whole, share_h, share_w, top, left = torch.rand(5, generator=generator).tolist()
+        height, width = (max(1, round((0.25 + 0.75 * share) * side)) for share, side in zip((share_h, share_w), size, strict=True))
+        y, x = round(top * (size[0] - height)), round(left * (size[1] - width))
+        mask[:, y : y + height, x : x + width] = 1
+        if whole < 1 / 8:
+            mask[:] = 1
+    return masks

@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from genkit.denoisers import Denoiser
 from genkit.distill import gate
 from genkit.distill.card import model_card
-from genkit.distill.trained import LORA_FILE
 from genkit.distill.schedule import scheduler_for
 from genkit.distill.spec import FewStepSpec
+from genkit.distill.trained import LORA_FILE
 from genkit.errors import unknown
 from genkit.files import prepare_folder
 from genkit.pipelines import GuidedPipeline

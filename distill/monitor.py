@@ -15,6 +15,7 @@ from torch import Tensor
 from genkit import noise as noises
 from genkit.console import console
 from genkit.denoisers.modes import evaluating
+from genkit.distill.draws import masked
 from genkit.distill.path import renoise, steps_of
 from genkit.images import contact_sheet, save_png
 
@@ -105,7 +106,12 @@ class Monitor:
         rows = next(iter(trainer.draws.data.buckets.values()))[:count]
         x0, cond = trainer.draws.data.latents(rows), trainer.draws.data.condition(trainer.teacher.denoiser, rows)
         if self._teacher_pictures is None:
-            self._teacher_pictures = self._teacher(x0, cond)
+            self._teacher_pictures = self._teacher(x0, cond.without_concat())
+        mask = None
+        if trainer.config.task == "inpaint":
+            mask = torch.zeros_like(x0[:, :1])
+            mask[..., x0.shape[-2] // 2 :, :] = 1  # the lower half
+            cond = masked(cond, x0, mask)
         pictures = {f"teacher, {TEACHER_STEPS} steps": self._teacher_pictures}
         parameters = list(trainer.student.trained())
         trainer.ema.store(parameters)
@@ -113,18 +119,22 @@ class Monitor:
         try:
             with evaluating(trainer.student.network):
                 for steps in [n for n in PREVIEW_STEPS if n <= len(trainer.config.levels)]:
-                    pictures[f"{steps} step{'s' * (steps > 1)}"] = list(student_samples(trainer, x0.shape, cond, steps))
+                    pictures[f"{steps} step{'s' * (steps > 1)}"] = list(self._painted(student_samples(trainer, x0.shape, cond, steps), x0, mask))
         finally:
             trainer.ema.restore(parameters)
         captions = trainer.draws.data.prompts or [str(label) for label in trainer.draws.data.labels or []]
         sheet = contact_sheet(
             [[_picture(picture) for picture in row] for row in pictures.values()], list(pictures),
-            [captions[row] for row in rows] if captions else [""] * count,
+            [captions[row] for row in rows] if captions else [""] * len(rows),
         )  # fmt: skip
         file = self.folder / "previews" / f"step-{trainer.step:06d}.png"
         file.parent.mkdir(exist_ok=True)
         save_png(sheet, file)
         return file
+
+    def _painted(self, samples: Tensor, x0: Tensor, mask: Tensor | None) -> Tensor:
+        """Pictures of samples, outside of a mask those of x0."""
+        return self.trainer.teacher.denoiser.decode(samples if mask is None else mask * samples + (1 - mask) * x0)
 
     def _teacher(self, x0: Tensor, cond: Any) -> list[Tensor]:
         from genkit.sampling import sample
@@ -140,7 +150,7 @@ class Monitor:
 
 @torch.no_grad()
 def student_samples(trainer: DistillTrainer, shape: Any, cond: Any, steps: int) -> Tensor:
-    """Pictures (B, 3, H, W) of the student's present weights in a number of steps; sample i has the noise of seed i."""
+    """Clean samples (B, c, h, w) of the student's present weights in a number of steps; sample i has the noise of seed i."""
     denoiser = trainer.teacher.denoiser
 
     def noise(step: int) -> Tensor:
@@ -148,10 +158,8 @@ def student_samples(trainer: DistillTrainer, shape: Any, cond: Any, steps: int) 
         key = 0 if step == 0 else step << 32
         return noises.normal([key | i for i in range(shape[0])], shape[1:], stream).to(denoiser.device)
 
-    x0 = renoise(
-        lambda x, level: trainer.student(x, level, cond.tensors), trainer.teacher.path, steps_of(trainer.config.levels, steps), noise
-    )
-    return denoiser.decode(x0)
+    levels = steps_of(trainer.config.levels, steps)
+    return renoise(lambda x, level: trainer.student(x, level, cond.tensors), trainer.teacher.path, levels, noise)
 
 
 def judge_health(history: list[dict[str, float]], taps: list[str]) -> list[str]:

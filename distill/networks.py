@@ -63,9 +63,12 @@ class Student(nn.Module):
         lora_rank: 0 trains all weights, in float32; else adapters of this rank on attention, on the teacher's own weights.
         lora_alpha: their scale is lora_alpha / lora_rank; by default the rank.
         lora_targets: names of the linear layers that get adapters.
+        extra_channels: of the condition "concat" behind the sample (inpainting, editing). The first convolution grows by as many
+            input channels, with zero weights, so that the student still starts as its teacher.
 
     Raises:
-        ValueError: a negative rank, or targets that the network does not have.
+        ValueError: a negative rank, a network or targets that take no LoRA, or extra channels where no convolution takes the
+            sample, or beside LoRA.
 
     Example:
         >>> student = Student(Teacher(pipe.denoiser), lora_rank=64)
@@ -79,10 +82,13 @@ class Student(nn.Module):
         lora_rank: int = 0,
         lora_alpha: float | None = None,
         lora_targets: tuple[str, ...] = LORA_TARGETS,
+        extra_channels: int = 0,
     ) -> None:
         super().__init__()
         if lora_rank < 0:
             raise ValueError(f"lora_rank={lora_rank} must be positive, or 0 to train all weights.")
+        if lora_rank and extra_channels:
+            raise ValueError("A LoRA cannot hold the grown first convolution of an inpainting or editing student. Train all weights.")
         self.lora_rank = lora_rank
         original = teacher.denoiser.network
         if lora_rank:
@@ -91,6 +97,8 @@ class Student(nn.Module):
         else:
             # Float32 master weights: with learning rates of 1e-5 and less, bfloat16 weights do not move.
             self.network = copy.deepcopy(original).float().requires_grad_(True)
+            if extra_channels:
+                _grow_input(self.network, extra_channels)
         self.network.train()
         # In a tuple, since the shell is no submodule but refers to one.
         self._denoiser = (with_network(teacher.denoiser, self.network),)
@@ -111,6 +119,8 @@ class Student(nn.Module):
     def _add_lora(self, rank: int, alpha: float, targets: tuple[str, ...]) -> None:
         from peft import LoraConfig
 
+        if not hasattr(self.network, "add_adapter"):
+            raise ValueError(f"diffusers has no LoRA for {type(self.network).__name__}. Train all weights (--student full).")
         try:
             self.network.add_adapter(
                 LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
@@ -119,6 +129,31 @@ class Student(nn.Module):
             raise ValueError(f"No layer of {type(self.network).__name__} is called {', '.join(targets)}: {error}") from error
         for parameter in self.trained():
             parameter.data = parameter.data.float()
+
+
+def _grow_input(network: Any, extra: int) -> None:
+    """More input channels for the first convolution, in place; the new weights are zero."""
+    for path in ("conv_in", "pos_embed.proj"):
+        parent, _, name = path.rpartition(".")
+        try:
+            owner = network.get_submodule(parent)
+        except AttributeError:
+            continue
+        old = getattr(owner, name, None)
+        if not isinstance(old, nn.Conv2d):
+            continue
+        new = nn.Conv2d(
+            old.in_channels + extra, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None  # type: ignore[arg-type]
+        ).to(old.weight)
+        with torch.no_grad():
+            new.weight.zero_()
+            new.weight[:, : old.in_channels] = old.weight
+            if old.bias is not None and new.bias is not None:
+                new.bias.copy_(old.bias)
+        setattr(owner, name, new)
+        network.register_to_config(in_channels=network.config.in_channels + extra)
+        return
+    raise ValueError(f"No convolution of {type(network).__name__} takes the sample, so it cannot take more channels.")
 
 
 def condition_vector(cond: Cond, num_classes: int | None = None) -> Tensor:

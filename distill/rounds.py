@@ -3,7 +3,7 @@
     student        x0' = S(x_u, u, c),  x_u = alpha_u x0 + sigma_u eps                     u a level of the student
     discriminator  F(z) = frozen features of z (LADD: of alpha_t z + sigma_t eps' in the teacher, t random; ADD: of decoded z)
                    L_D = gan_d(D(F(x0), c), D(F(sg x0'), c)) + gamma R1
-    student        L_G = w_adv gan_g(D(F(x0'), c)) + w_dist L_dist(x0', teacher) + w_rec |x0' - paired x0|
+    student        L_G = w_adv gan_g(D(F(x0'), c)) + w_dist L_dist(x0', teacher) + w_rec |x0' - x0|
 
 LADD: Sauer et al. 2024, arXiv 2403.12015. ADD: Sauer et al. 2023, arXiv 2311.17042. With mismatched pairs, real samples with the
 conditions of others are half of the fakes.
@@ -33,8 +33,15 @@ Figures = dict[str, Tensor]
 
 @dataclasses.dataclass
 class Fakes:
-    """The student's samples x0 (B, ...) of a draw, and their features; with a graph where the student is to learn from them."""
+    """The student's samples of a draw, and their features; with a graph where the student is to learn from them.
 
+    Args:
+        raw: what the student made (B, ...).
+        x0: the samples (B, ...): outside of a mask, where there is one, they are the real ones.
+        features: of x0.
+    """
+
+    raw: Tensor
     x0: Tensor
     features: list[Tensor]
 
@@ -63,10 +70,13 @@ class Rounds:
     def fakes(self, draw: Draw) -> Fakes:
         """The student's samples and their features."""
         x, level = self.teacher.path.add_noise(draw.x0, draw.eps, draw.u)
-        x0 = self.student(x, level, draw.cond.tensors)
+        x0 = raw = self.student(x, level, draw.student_cond.tensors)
+        if draw.mask is not None:
+            # Pasted into the real sample, so that the discriminator sees whether it fits.
+            x0 = draw.mask * raw + (1 - draw.mask) * draw.x0
         if not self.config.adversarial:
-            return Fakes(x0, [])
-        return Fakes(x0, self.discriminator.extract(x0, draw.cond, draw.u_fake, draw.eps_fake))
+            return Fakes(raw, x0, [])
+        return Fakes(raw, x0, self.discriminator.extract(x0, draw.cond, draw.u_fake, draw.eps_fake))
 
     def discriminator_loss(self, draw: Draw, fakes: Fakes) -> tuple[Tensor, Figures]:
         """L_D of detached fakes; gradients go to the heads alone."""
@@ -109,9 +119,7 @@ class Rounds:
             figures["g_distillation"] = self._distillation(draw, fakes.x0)
             terms.append(config.distillation * figures["g_distillation"])
         if config.reconstruction:
-            # The mean over the samples that start at pure noise, times their share: processes with other shares add up to the whole.
-            pure = (draw.u >= 1).to(fakes.x0.device).reshape(-1, *[1] * (fakes.x0.ndim - 1))
-            figures["g_reconstruction"] = losses.reconstruction(fakes.x0 * pure, draw.x0 * pure)
+            figures["g_reconstruction"] = losses.reconstruction(fakes.raw, draw.x0)
             terms.append(config.reconstruction * figures["g_reconstruction"])
         loss = torch.stack(terms).sum()
         figures["g_loss"] = loss

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -27,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from genkit.distill.config import DistillConfig, changes
+from genkit.distill.shards import identity, settings_of
 from genkit.files import prepare_folder, write_atomic
 
 if TYPE_CHECKING:
@@ -46,14 +48,15 @@ class Run:
         self.folder, self.config, self.leads = folder, config, leads
 
     def open(self, trainer: DistillTrainer, resume: str | Path | None) -> None:
-        """Start a run in the folder, or go on with the one that is there.
+        """Start a run in the folder, or go on with the one that is there; "latest" starts where there is no checkpoint yet.
 
         Raises:
-            ValueError: a run is there and `resume` is None; or it was made with other settings; or there is no checkpoint.
+            ValueError: a run is there and `resume` is None; or it was made with other settings; or there is no such checkpoint.
         """
         prepare_folder(self.folder)
         file = self.folder / "config.json"
-        settings = self.config.to_json() | {"data": trainer.draws.data.record.get("hash", "") or len(trainer.draws.data)}
+        data = trainer.draws.data
+        settings = self.config.to_json() | {"data": f"{len(data)} items, {identity(settings_of(data.record))}"}
         if file.exists():
             found = json.loads(file.read_text(encoding="utf-8"))
             if resume is None:
@@ -62,11 +65,16 @@ class Run:
             if differing:
                 shown = "; ".join(f"{name} was {before!r}, now {after!r}" for name, (before, after) in differing.items())
                 raise ValueError(f"The run in {str(self.folder)!r} was made otherwise: {shown}. Use the same, or another --out.")
+        checkpoint = None if resume is None else self._chosen(resume)
         trainer.ranks.wait()
         if self.leads:
+            for left in self.folder.glob(".checkpoint-*.tmp"):  # by a process that was killed while it wrote
+                shutil.rmtree(left)
             write_atomic(file, (json.dumps(settings, indent=2) + "\n").encode())
-        if resume is not None:
-            self._restore(trainer, resume)
+        if checkpoint is not None:
+            self._restore(trainer, checkpoint)
+        if self.leads:
+            self._shorten_log(trainer.step)
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints, the oldest first."""
@@ -116,8 +124,7 @@ class Run:
         torch.save(state, folder / "optimizers.pt")
         (folder / "state.json").write_text(json.dumps({"step": trainer.step}) + "\n", encoding="utf-8")
 
-    def _restore(self, trainer: DistillTrainer, resume: str | Path) -> None:
-        folder = self._chosen(resume)
+    def _restore(self, trainer: DistillTrainer, folder: Path) -> None:
         device = trainer.teacher.denoiser.device
         try:
             _load_student(trainer, folder / "student_ema")
@@ -126,7 +133,7 @@ class Run:
             trainer.discriminator.load_state_dict(load_file(folder / "heads.safetensors", device=str(device)))
             state = torch.load(folder / "optimizers.pt", map_location=device, weights_only=True)
             trainer.step = int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
-        except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, EOFError) as error:
+        except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"The checkpoint {str(folder)!r} cannot be read ({reason}). Remove it to go on from an earlier one.") from error
         trainer.student_optimizer.load_state_dict(state["student"])
@@ -136,12 +143,18 @@ class Run:
         trainer.ema.shadow_params = averaged
         trainer.ema.optimization_step = state["ema_steps"]
 
-    def _chosen(self, resume: str | Path) -> Path:
+    def _shorten_log(self, step: int) -> None:
+        """Drop the lines of rounds after `step`, which will be written again."""
+        file = self.folder / "log.jsonl"
+        if file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_atomic(file, "".join(kept).encode())
+
+    def _chosen(self, resume: str | Path) -> Path | None:
         found = self.checkpoints()
         if str(resume) == "latest":
-            if not found:
-                raise ValueError(f"{str(self.folder)!r} holds no checkpoint to resume from. Start afresh in another --out.")
-            return found[-1]
+            return found[-1] if found else None
         wanted = self.folder / str(resume) if not Path(resume).is_dir() else Path(resume)
         if wanted not in found and not wanted.is_dir():
             names = ", ".join(p.name for p in found) or "none"

@@ -13,14 +13,16 @@ from genkit.distill.sources import FeatureSource, PixelEncoder, TeacherTaps
 CLASSIFIER_TAPS = ("blocks.1", "blocks.2", "blocks.3")
 
 
-def build_discriminator(denoiser: Denoiser, draws: Draws, config: DistillConfig) -> FeatureDiscriminator:
-    """The discriminator of a configuration.
+def build_discriminator(
+    denoiser: Denoiser, draws: Draws, config: DistillConfig, source: FeatureSource | None = None
+) -> FeatureDiscriminator:
+    """The discriminator of a configuration; on another source of features, if one is given.
 
     Raises:
         ValueError: taps that the network does not have, an encoder that is unknown, or the judge as encoder.
     """
     _, _, vector = draws.example()
-    source = feature_source(denoiser, draws, config)
+    source = source or feature_source(denoiser, draws, config)
     return FeatureDiscriminator(
         source,
         vector.shape[1] if "text" in config.disc_condition else 0,

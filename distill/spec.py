@@ -85,7 +85,7 @@ class FewStepSpec:
         return steps_of(self.levels, count)
 
     def schedule(self, count: int, scheduler: Any) -> dict[str, list[float]]:
-        """The levels of a run as `scheduler.set_timesteps` takes them: {"timesteps": [...]}, or {"sigmas": [...]} for flow matching.
+        """The levels of a run as `scheduler.set_timesteps` takes them: {"timesteps": [...]}, or a flow's {"sigmas": [...]}.
 
         Raises:
             ValueError: no steps, or more than there are levels.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ from genkit.distill.networks import Student, Teacher
 from genkit.distill.rounds import Fakes, Figures, Rounds
 from genkit.distill.runs import Run
 from genkit.distill.setup import build_discriminator
+from genkit.distill.sources import FeatureSource
 from genkit.ranks import Ranks
 
 
@@ -50,6 +52,7 @@ class DistillTrainer:
         config: everything else.
         folder: of the run: `config.json`, `checkpoint-N/`, `log.jsonl`, `previews/`.
         ranks: the processes that train together, after `Ranks.join`.
+        source: of the discriminator's features, on the denoiser's device; by default the one that `config` names.
 
     Attributes:
         step: rounds done.
@@ -65,19 +68,27 @@ class DistillTrainer:
     """
 
     def __init__(
-        self, denoiser: Denoiser, data: LatentDataset, config: DistillConfig, folder: Path, *, ranks: Ranks | None = None
+        self,
+        denoiser: Denoiser,
+        data: LatentDataset,
+        config: DistillConfig,
+        folder: Path,
+        *,
+        ranks: Ranks | None = None,
+        source: FeatureSource | None = None,
     ) -> None:
+        _refuse_plugins()
         self.config, self.ranks, self.step = config, ranks or Ranks(), 0
         torch.manual_seed(config.seed)
         self.teacher = Teacher(denoiser)
         self.draws = Draws(data, denoiser, config, self.ranks)
-        self.student = Student(self.teacher, lora_rank=config.lora_rank)
-        self.discriminator = build_discriminator(denoiser, self.draws, config).to(denoiser.device)
+        self.student = Student(self.teacher, lora_rank=config.lora_rank, extra_channels=self.draws.extra_channels)
+        self.discriminator = build_discriminator(denoiser, self.draws, config, source).to(denoiser.device)
         if config.gradient_checkpointing:
             for network in (self.student.network, denoiser.network):
                 network.enable_gradient_checkpointing()
         self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision="no",  # which accelerate fixes for the whole process; `_autocast` is for a trainer
             log_with=list(config.trackers) or None,
             project_dir=str(folder),
             cpu=denoiser.device.type == "cpu",
@@ -120,6 +131,7 @@ class DistillTrainer:
             FloatingPointError: a round stayed NaN or infinite; what was finite last is saved.
             OSError: a checkpoint could not be written; earlier ones are whole.
         """
+        self._stopping = False
         self.run.open(self, resume)
         with self._signals(), progress(disable=not self.ranks.leads) as bar, self.monitor:
             task = bar.add_task("distilling", total=self.config.steps, completed=self.step)
@@ -178,7 +190,7 @@ class DistillTrainer:
         self._zero()
         figures: list[Figures] = []
         for draw, synchronised in self._draws(attempt, self.wrapped_heads):
-            with synchronised, self.accelerator.autocast():
+            with synchronised, self._autocast():
                 with torch.set_grad_enabled(self.config.is_fused):
                     fakes = self.rounds.fakes(draw)
                 loss, found = self.rounds.discriminator_loss(draw, fakes)
@@ -194,7 +206,7 @@ class DistillTrainer:
         figures: list[Figures] = []
         with _frozen(self.discriminator):
             for draw, synchronised in self._draws(attempt, self.wrapped_student):
-                with synchronised, self.accelerator.autocast():
+                with synchronised, self._autocast():
                     if kept is not None and kept.fakes is not None and kept.draw is not None:
                         draw, fakes = kept.draw, kept.fakes
                         kept.fakes = None  # its graph serves once
@@ -214,6 +226,9 @@ class DistillTrainer:
         for micro in range(last + 1):
             yield self.draws(self.step, micro, attempt), nullcontext() if micro == last else self.accelerator.no_sync(wrapped)
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16")
+
     def _zero(self) -> None:
         for optimizer in (self.student_optimizer, self.heads_optimizer):
             optimizer.zero_grad(set_to_none=True)
@@ -223,7 +238,7 @@ class DistillTrainer:
     ) -> dict[str, float]:
         """Check that gradients are where they belong and finite, then update; the figures, means over micro-batches and processes."""
         for foreign in (other, self.teacher.denoiser.network):
-            strays = [key for key, p in foreign.named_parameters() if p.grad is not None and not _shared(p, network)]
+            strays = [key for key, p in foreign.named_parameters() if p.grad is not None]
             if strays:
                 raise RuntimeError(f"The phase {name!r} left a gradient in {strays[0]} of {type(foreign).__name__}.")
         norm = self.accelerator.clip_grad_norm_(network.parameters(), self.config.grad_clip or math.inf)
@@ -263,6 +278,16 @@ class DistillTrainer:
                 signal.signal(number, handler)
 
 
+def _refuse_plugins() -> None:
+    """Refuse what accelerate cannot do for two networks."""
+    for name, what in (("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP"), ("MEGATRON_LM", "Megatron-LM")):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"{what} is set for accelerate, which takes one network with it, but student and heads are two. Launch without it; a "
+                "LoRA student (--student lora:RANK) needs the least memory."
+            )
+
+
 @dataclasses.dataclass
 class Kept:
     """What the discriminator's phase of a fused round leaves for the generator's."""
@@ -279,8 +304,3 @@ def _frozen(discriminator: nn.Module) -> Iterator[None]:
         yield
     finally:
         discriminator.requires_grad_(True).train()
-
-
-def _shared(parameter: nn.Parameter, network: nn.Module) -> bool:
-    """Whether a parameter is the network's own too, as a LoRA student's base is its teacher's."""
-    return any(parameter is own for own in network.parameters() if own.requires_grad)

@@ -174,16 +174,17 @@ def _wrong_levels(scheduler: Any, levels: Sequence[Level], student: FewStepSpec 
             advice = "Use the scheduler that came with the student."
         yield Finding("not-its-levels", True, text, advice)
     trailing = 'timestep_spacing="trailing"' if "timestep_spacing" in scheduler.config else "sigmas that start at 1"
+    start = _visit(scheduler, levels[0])
     if first < _START:
         text = (
-            f"In {_steps(count)} it starts at timestep {float(levels[0].t):g}, where the sample should be {_share(scheduler, levels[0])} "
-            "signal, but a run starts from pure noise: the picture comes out as noise, or grey."
+            f"In {_steps(count)} it starts at timestep {start.timestep:g}, where {100 * start.alpha:.0f} % "
+            "of the sample should be signal, but a run starts from pure noise: the picture comes out as noise, or grey."
         )
         yield Finding("low-start", True, text, f"Use a scheduler with {trailing}.")
-    elif student is None and (alpha := _visit(scheduler, levels[0]).alpha) > 1e-3:  # students are trained for it
+    elif student is None and start.alpha > 1e-3:  # students are trained for it
         text = (
-            f"At its first level alpha is {alpha:.3f}, not 0, though a run starts from pure noise. Errors of a noise prediction there "
-            f"count {1 / alpha:.0f} times in x0."
+            f"At its first level alpha is {start.alpha:.3f}, not 0, though a run starts from pure noise. Errors of a noise prediction "
+            f"there count {1 / start.alpha:.0f} times in x0."
         )
         advice = (
             "Usual for Stable Diffusion. For very dark or bright pictures: rescale_betas_zero_snr, with a model trained for it."
@@ -232,10 +233,6 @@ def _guidance(denoiser: Denoiser, student: FewStepSpec | None) -> Iterator[Findi
 def _too_many(count: int, levels: int) -> Finding:
     text = f"The student has {levels} level{'s' if levels > 1 else ''}, so there is no run of {_steps(count)}."
     return Finding("too-many-steps", False, text, f"Use 1 to {levels}.")
-
-
-def _share(scheduler: Any, level: Level) -> str:
-    return f"{100 * _visit(scheduler, level).alpha:.0f} %"
 
 
 def _steps(count: int) -> str:

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from genkit.cli.common import Debug, Device, Json, Quiet, command, option, resolve_device
 
 _WHAT, _HOW, _WHERE = "What to export", "How", "Files"

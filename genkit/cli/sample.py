@@ -168,7 +168,7 @@ def _as_student(base: Recipe, folder: Path, given: dict[str, Any]) -> Recipe:
     spec = FewStepSpec.load(folder)
     if spec is None:
         return base
-    own = {"steps": spec.default_steps, "cfg": spec.guidance_scale}
+    own: dict[str, Any] = {"steps": spec.default_steps, "cfg": spec.guidance_scale}
     return dataclasses.replace(base, **{key: value for key, value in own.items() if given[key] is None})
 
 

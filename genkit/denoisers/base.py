@@ -50,6 +50,8 @@ class Cond:
     `tensors` is empty for an unconditional model. `null_tensors` is None for a model that has no null condition;
     classifier-free guidance then refuses.
 
+    The tensor "concat" (B, C', h, w), of inpainting and editing networks, is put behind the channels of the sample.
+
     Raises:
         ValueError: tensors of different batch sizes, or a null condition of other names or shapes.
 
@@ -82,6 +84,19 @@ class Cond:
     def repeat(self, count: int) -> Cond:
         """Each row `count` times in a row."""
         return self._map(lambda v: v.repeat_interleave(count, dim=0))
+
+    def with_concat(self, concat: Tensor) -> Cond:
+        """The same condition with a tensor (B, C', h, w) behind the channels of the sample; the null condition has it too."""
+        null = None if self.null_tensors is None else self.null_tensors | {"concat": concat}
+        return Cond(self.tensors | {"concat": concat}, null)
+
+    def without_concat(self) -> Cond:
+        """The condition for a network that takes the sample alone."""
+
+        def rest(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value for name, value in tensors.items() if name != "concat"}
+
+        return Cond(rest(self.tensors), None if self.null_tensors is None else rest(self.null_tensors))
 
     def joined(self, other: Cond) -> Cond:
         """The conditions of these samples, then those of another batch."""
@@ -315,7 +330,10 @@ class Denoiser(ABC):
         """Scaled input, network, preconditioning; splits off a learned variance."""
         # Everything floating in the network's dtype, as the pipelines have it: text encoders may run in another.
         tensors = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-        output = self._forward(self._scale_input(x, level).to(self.dtype), level, tensors)
+        z = self._scale_input(x, level).to(self.dtype)
+        if "concat" in tensors:
+            z = torch.cat([z, tensors.pop("concat")], dim=1)
+        output = self._forward(z, level, tensors)
         variance = None
         if output.shape[1] == 2 * x.shape[1]:
             output, variance = output.chunk(2, dim=1)
