@@ -11,6 +11,7 @@ from genkit.distill.samplers import LevelSampler, NoiseSampler
 from genkit.errors import unknown
 
 METHODS = ("ladd", "add")
+SCHEDULES = ("constant_with_warmup", "constant", "linear", "cosine", "cosine_with_restarts", "polynomial")  # of diffusers
 # What may differ between a run and its continuation.
 FREE = ("steps", "checkpoint_every", "checkpoints_limit", "preview_every", "preview_count", "log_every", "trackers")
 
@@ -47,7 +48,7 @@ class DistillConfig:
             networks do, and only the inside is its own.
         lora_rank: 0 trains all weights, else adapters of this rank.
         lr, disc_lr: learning rates of AdamW, betas (0, 0.99); `lr` defaults to 1e-5, or 5e-5 for LoRA.
-        lr_scheduler, lr_warmup: diffusers' name of the schedule, and its warm-up in rounds.
+        lr_scheduler, lr_warmup: of `SCHEDULES`, and its warm-up in rounds.
         weight_decay, grad_clip, ema: of the student; `grad_clip` also of the heads, 0 for none; `ema` counts student updates.
         steps: rounds; each is one update of the discriminator and one of the student.
         batch_size: samples of a round, over all processes and micro-batches.
@@ -119,7 +120,7 @@ class DistillConfig:
         for name, known in (
             ("gan", ("hinge", "softplus", "lsgan")), ("head", ("conv2d", "stylegan-t")),
             ("distillation_weight", ("alpha", "sds", "const")), ("distillation_space", ("latent", "pixel")),
-            ("mixed_precision", ("no", "bf16")), ("task", ("generate", "inpaint")),
+            ("mixed_precision", ("no", "bf16")), ("task", ("generate", "inpaint")), ("lr_scheduler", SCHEDULES),
         ):  # fmt: skip
             value = getattr(self, name)
             if value == "fp16" and name == "mixed_precision":

@@ -20,8 +20,7 @@ from genkit.distill.networks import condition_vector
 from genkit.distill.samplers import LevelSampler, NoiseSampler
 from genkit.ranks import Ranks
 
-# Uses of noise within a round.
-_STUDENT, _REAL, _FAKE, _TEACHER, _PERTURB = range(5)
+USES = 5  # noises of a round: the student's, real, fake, the teacher's, of the finite difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +76,7 @@ class Draws:
             raise ValueError(
                 f"batch_size={config.batch_size} is no multiple of {ranks.world} processes times {config.accumulation} micro-batches."
             )
+        batch_rows(data, config.batch_size, config.seed, 0)  # refuses a batch that the data cannot fill
         if config.reconstruction:
             data.noise([0])  # refuses data that holds no pairs
         self.data, self.denoiser, self.config, self.ranks = data, denoiser, config, ranks
@@ -86,9 +86,16 @@ class Draws:
         self.extra_channels = self._extra_channels()
         # Without conditions there is nothing to mismatch.
         self.mismatched = config.mismatched and bool(data.condition(denoiser, [0]).without_concat().tensors)
+        self._last: tuple[tuple[int, int, int], Draw] | None = None
 
     def __call__(self, step: int, micro: int = 0, attempt: int = 0) -> Draw:
         """Micro-batch `micro` of round `step` for this process; another `attempt` has other noise."""
+        # Both phases of a round ask for the same draws.
+        if self._last is None or self._last[0] != (step, micro, attempt):
+            self._last = (step, micro, attempt), self._draw(step, micro, attempt)
+        return self._last[1]
+
+    def _draw(self, step: int, micro: int, attempt: int) -> Draw:
         config, total = self.config, self.config.batch_size
         rows = batch_rows(self.data, total, config.seed, step)
         generator = torch.Generator().manual_seed(noises.mix((config.seed << 32) + step, noises.TRAINING + 97 * attempt))
@@ -103,8 +110,7 @@ class Draws:
         cond = self.data.condition(self.denoiser, both)
         vector = self._vector(cond, x0)
         here, there = slice(len(mine)), slice(len(mine), None)
-        eps = {use: self._normal(mine, x0, step, attempt, use) for use in range(5)}
-        eps_student = eps[_STUDENT]
+        eps_student, eps_real, eps_fake, eps_teacher, eps_perturb = self._normal(mine, x0, step, attempt)
         if config.reconstruction:
             pure = (u[mine] >= 1).to(x0.device).reshape(-1, *[1] * (x0.ndim - 1))
             eps_student = torch.where(pure, self.data.noise([rows[i] for i in mine]).to(x0), eps_student)
@@ -112,8 +118,7 @@ class Draws:
         mask = random_masks(mine, step, config.seed, x0.shape[-2:]).to(x0) if config.task == "inpaint" else None
         return Draw(
             x0, own if mask is None else masked(own, x0, mask), mask, own.without_concat(), cond[there].without_concat() if self.mismatched else None, vector[here], vector[there],
-            u[mine], eps_student, u_real[mine], eps[_REAL], u_fake[mine], eps[_FAKE], u_teacher[mine], eps[_TEACHER],
-            eps[_PERTURB],
+            u[mine], eps_student, u_real[mine], eps_real, u_fake[mine], eps_fake, u_teacher[mine], eps_teacher, eps_perturb,
         )  # fmt: skip
 
     def _extra_channels(self) -> int:
@@ -134,10 +139,10 @@ class Draws:
         vector = condition_vector(cond, self.num_classes).to(x0.device)
         return vector if len(vector) else x0.new_zeros(len(x0), 0)
 
-    def _normal(self, items: Sequence[int], x0: Tensor, step: int, attempt: int, use: int) -> Tensor:
-        """Noise like x0 for items of the global batch of a round."""
-        key = noises.mix((self.config.seed << 32) + step, noises.TRAINING + 1 + use + 97 * attempt) << 32
-        return noises.normal([key | i for i in items], x0.shape[1:], noises.TRAINING).to(x0)
+    def _normal(self, items: Sequence[int], x0: Tensor, step: int, attempt: int) -> tuple[Tensor, ...]:
+        """Noises like x0, one for each use within a round, for items of its global batch."""
+        key = noises.mix((self.config.seed << 32) + step, noises.TRAINING + 1 + 97 * attempt) << 32
+        return noises.normal([key | i for i in items], (USES, *x0.shape[1:]), noises.TRAINING).to(x0).unbind(1)
 
 
 def masked(cond: Cond, x0: Tensor, mask: Tensor) -> Cond:

@@ -183,8 +183,8 @@ def _wrong_levels(scheduler: Any, levels: Sequence[Level], student: FewStepSpec 
         yield Finding("low-start", True, text, f"Use a scheduler with {trailing}.")
     elif student is None and start.alpha > 1e-3:  # students are trained for it
         text = (
-            f"At its first level alpha is {start.alpha:.3f}, not 0, though a run starts from pure noise. Errors of a noise prediction "
-            f"there count {1 / start.alpha:.0f} times in x0."
+            f"At its first level alpha is {start.alpha:.3f}, not 0, though a run starts from pure noise. "
+            f"Errors of a noise prediction there count {1 / start.alpha:.0f} times in x0."
         )
         advice = (
             "Usual for Stable Diffusion. For very dark or bright pictures: rescale_betas_zero_snr, with a model trained for it."

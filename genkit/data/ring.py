@@ -42,12 +42,10 @@ def mmd2(x: Tensor, y: Tensor) -> float:
     """
     if min(len(x), len(y)) < 2:
         raise ValueError(f"{len(x)} and {len(y)} samples cannot be compared. Draw at least two of each.")
-    x, y = x.double(), y.double()
-
     def mean(a: Tensor, b: Tensor) -> float:
         """E sum_h k_h(a, b); a sample is not compared with itself."""
         squares, same = torch.cdist(a, b).square(), a is b
-        total = sum(torch.exp(squares / (-2 * h**2)).sum().item() for h in BANDWIDTHS)
+        total = sum(torch.exp(squares / (-2 * h**2)).sum(dtype=torch.float64).item() for h in BANDWIDTHS)
         return (total - len(BANDWIDTHS) * len(a) * same) / (len(a) * (len(b) - same))
 
     return mean(x, x) + mean(y, y) - 2 * mean(x, y)
