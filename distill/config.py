@@ -46,6 +46,8 @@ class DistillConfig:
         encoder: image encoder of ADD: a timm ViT, or an embedded classifier.
         task: "generate"; "inpaint": the student gets random masks and what is outside of them, as Stable Diffusion's inpainting
             networks do, and only the inside is its own.
+        init: what the student starts from instead of the teacher: a run (its averaged student), a folder of a network, or of a
+            pipeline that has one.
         lora_rank: 0 trains all weights, else adapters of this rank.
         lr, disc_lr: learning rates of AdamW, betas (0, 0.99); `lr` defaults to 1e-5, or 5e-5 for LoRA.
         lr_scheduler, lr_warmup: of `SCHEDULES`, and its warm-up in rounds.
@@ -91,6 +93,7 @@ class DistillConfig:
     distillation_guidance: float = 1.0
     encoder: str = ""
     task: str = "generate"
+    init: str = ""
     lora_rank: int = 0
     lr: float | None = None
     disc_lr: float = 1e-4
@@ -148,7 +151,11 @@ class DistillConfig:
         self._require("adversarial", self.adversarial + self.distillation + self.reconstruction > 0, "and all other losses are 0")
         self._require("batch_size", self.batch_size % self.accumulation == 0, f"is no multiple of accumulation={self.accumulation}")
         if self.fused and self.accumulation > 1:
-            raise ValueError(f"A fused round keeps the graph of its whole batch. Leave accumulation={self.accumulation} or fused out.")
+            raise ValueError(
+                f"A fused round keeps the graph of its whole batch. Leave accumulation={self.accumulation} or fused out."
+            )
+        if self.init and self.lora_rank:
+            raise ValueError("A LoRA starts at its teacher. To go on from another student, train all weights, or resume its run.")
         if self.method == "add" and not self.encoder:
             raise ValueError("ADD needs an image encoder. Give encoder, for instance 'vit_small_patch14_dinov2'.")
         if "image" in self.disc_condition and self.method != "add":
@@ -207,7 +214,10 @@ class DistillConfig:
             raise unknown("method", method, METHODS)
         values: dict[str, Any] = {"method": method}
         if method == "ladd":
-            values |= {"disc_noise": "logit-normal:0,1" if side < 64 else "logit-normal:1,1", "distillation": 0.0 if synthetic else 0.5}
+            values |= {
+                "disc_noise": "logit-normal:0,1" if side < 64 else "logit-normal:1,1",
+                "distillation": 0.0 if synthetic else 0.5,
+            }
         else:
             values |= {
                 "distillation": 2.5, "distillation_space": "pixel", "encoder": "vit_small_patch14_dinov2", "mismatched": False,

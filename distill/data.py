@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -86,6 +87,7 @@ class LatentDataset:
         self.paired: bool = all(shard.metadata.get("paired", False) for shard in self._shards)
         stored = sum(math.prod(shard.shapes["latents"]) for shard in self._shards) * getattr(torch, record["storage"]).itemsize
         self._keep = stored <= memory
+        self._encoded: WeakKeyDictionary[Denoiser, set[str]] = WeakKeyDictionary()  # the prompts that a model has kept
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -128,7 +130,14 @@ class LatentDataset:
         if names:
             return self._stored(names, rows).to(denoiser.device)
         if isinstance(denoiser, TextDenoiser):
-            return denoiser.condition(prompts=self._described("prompts", self.prompts, denoiser, rows))
+            prompts = self._described("prompts", self.prompts, denoiser, rows)
+            # Each new one alone: in a batch its embedding would, to rounding, depend on which others were new.
+            encoded = self._encoded.setdefault(denoiser, set())
+            for prompt in dict.fromkeys(prompts):
+                if prompt not in encoded:
+                    denoiser.condition(prompts=prompt)
+                    encoded.add(prompt)
+            return denoiser.condition(prompts=prompts)
         if getattr(denoiser, "num_classes", None) is None:
             return denoiser.condition()
         return denoiser.condition(labels=self._described("labels", self.labels, denoiser, rows))

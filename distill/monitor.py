@@ -50,7 +50,9 @@ class Monitor:
         if self.trainer.ranks.leads:
             self._log = open(self.folder / "log.jsonl", "a", encoding="utf-8")
         if self.trainer.config.trackers:
-            settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in self.trainer.config.to_json().items()}
+            settings = {
+                k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in self.trainer.config.to_json().items()
+            }
             self.trainer.accelerator.init_trackers("tracker", config=settings)
         self._began, self._began_step = time.monotonic(), self.trainer.step
         return self
@@ -119,7 +121,9 @@ class Monitor:
         try:
             with evaluating(trainer.student.network):
                 for steps in [n for n in PREVIEW_STEPS if n <= len(trainer.config.levels)]:
-                    pictures[f"{steps} step{'s' * (steps > 1)}"] = list(self._painted(student_samples(trainer, x0.shape, cond, steps), x0, mask))
+                    pictures[f"{steps} step{'s' * (steps > 1)}"] = list(
+                        self._painted(student_samples(trainer, x0.shape, cond, steps), x0, mask)
+                    )
         finally:
             trainer.ema.restore(parameters)
         captions = trainer.draws.data.prompts or [str(label) for label in trainer.draws.data.labels or []]

@@ -88,7 +88,9 @@ class Student(nn.Module):
         if lora_rank < 0:
             raise ValueError(f"lora_rank={lora_rank} must be positive, or 0 to train all weights.")
         if lora_rank and extra_channels:
-            raise ValueError("A LoRA cannot hold the grown first convolution of an inpainting or editing student. Train all weights.")
+            raise ValueError(
+                "A LoRA cannot hold the grown first convolution of an inpainting or editing student. Train all weights."
+            )
         self.lora_rank = lora_rank
         original = teacher.denoiser.network
         if lora_rank:
@@ -143,7 +145,12 @@ def _grow_input(network: Any, extra: int) -> None:
         if not isinstance(old, nn.Conv2d):
             continue
         new = nn.Conv2d(
-            old.in_channels + extra, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None  # type: ignore[arg-type]
+            old.in_channels + extra,
+            old.out_channels,
+            old.kernel_size,
+            old.stride,
+            old.padding,
+            bias=old.bias is not None,  # type: ignore[arg-type]
         ).to(old.weight)
         with torch.no_grad():
             new.weight.zero_()

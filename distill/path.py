@@ -98,4 +98,3 @@ def renoise(x0_of: Callable[[Tensor, Level], Tensor], path: Path, levels: Sequen
         x, level = path.add_noise(x0, noise(step), torch.full((len(x0),), u, dtype=torch.float64))
         x0 = x0_of(x, level)
     return x0
-

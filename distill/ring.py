@@ -43,9 +43,7 @@ class RingNetwork(ModelMixin, ConfigMixin):
     def __init__(self, width: int = 96, depth: int = 4, in_channels: int = 2, sample_size: int = 1) -> None:
         super().__init__()
         widths = [in_channels + 2 * FREQUENCIES, *[width] * depth]
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(i, o), nn.SiLU()) for i, o in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(i, o), nn.SiLU()) for i, o in zip(widths[:-1], widths[1:], strict=True))
         self.out = nn.Linear(width, in_channels)
 
     def forward(self, x: Tensor, u: Tensor) -> Tensor:
@@ -88,7 +86,7 @@ class RingDenoiser(Denoiser):
         return sample(self, scheduler, x, Cond({})).flatten(1)
 
 
-def train_ring(folder: Path, steps: int = 3000, seed: int = 0) -> RingDenoiser:
+def train_ring(folder: Path, steps: int = 2500, seed: int = 0) -> RingDenoiser:
     """A teacher, trained on fresh points in every step; one that is in the folder already is loaded."""
     if (folder / "teacher").is_dir():
         return RingDenoiser(RingNetwork.from_pretrained(folder / "teacher"))
@@ -101,7 +99,7 @@ def train_ring(folder: Path, steps: int = 3000, seed: int = 0) -> RingDenoiser:
         return F.mse_loss(network(x, u), eps - x0)
 
     torch.manual_seed(seed)
-    config = TrainConfig(steps=steps, batch_size=256, lr=2e-3, ema_decay=0.99, weight_decay=0.0, seed=seed, bf16=False)
+    config = TrainConfig(steps=steps, batch_size=1024, lr=2e-3, ema_decay=0.99, weight_decay=0.0, seed=seed, bf16=False)
     network = fit(RingNetwork(), loss, config, folder, name="ring")
     network.save_pretrained(folder / "teacher")
     return RingDenoiser(network)
@@ -112,5 +110,14 @@ def ring_data(x: Tensor, denoiser: RingDenoiser, folder: Path, name: str) -> Lat
     latents = x[..., None, None]
     settings = {"space": latent_space(denoiser), "data": name, "storage": "float32"}
     part = Part(range(len(x)), tuple(latents.shape[1:]))
-    fill(folder, ENCODED, settings, [part], lambda part: ({"latents": latents}, {}), resume=False, ranks=Ranks(), progress=lambda n: None)
+    fill(
+        folder,
+        ENCODED,
+        settings,
+        [part],
+        lambda part: ({"latents": latents}, {}),
+        resume=False,
+        ranks=Ranks(),
+        progress=lambda n: None,
+    )
     return LatentDataset(folder)

@@ -60,7 +60,9 @@ class Run:
         if file.exists():
             found = json.loads(file.read_text(encoding="utf-8"))
             if resume is None:
-                raise ValueError(f"{str(self.folder)!r} already holds a run. Go on with it (--resume latest), or use another --out.")
+                raise ValueError(
+                    f"{str(self.folder)!r} already holds a run. Go on with it (--resume latest), or use another --out."
+                )
             differing = changes(found, settings)
             if differing:
                 shown = "; ".join(f"{name} was {before!r}, now {after!r}" for name, (before, after) in differing.items())
@@ -135,7 +137,9 @@ class Run:
             trainer.step = int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
         except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"The checkpoint {str(folder)!r} cannot be read ({reason}). Remove it to go on from an earlier one.") from error
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} cannot be read ({reason}). Remove it to go on from an earlier one."
+            ) from error
         trainer.student_optimizer.load_state_dict(state["student"])
         trainer.heads_optimizer.load_state_dict(state["heads"])
         for schedule, content in zip(trainer.schedules, state["schedules"], strict=True):

@@ -87,6 +87,27 @@ class TrainedRun:
         return folder
 
 
+def start_from(init: str, network: Any) -> None:
+    """Load the weights of an earlier student into a network, in place.
+
+    Args:
+        init: a run, whose latest averaged student is taken; a folder of a network; or of a pipeline that has one.
+
+    Raises:
+        ValueError, FileNotFoundError: there is no student, or it is of another shape.
+    """
+    folder = Path(init)
+    if (folder / "model_index.json").is_file():
+        folder = folder / ("transformer" if (folder / "transformer").is_dir() else "unet")
+    elif list(folder.glob("checkpoint-*")):
+        folder = TrainedRun(folder).weights()
+    try:
+        check_folder(folder)
+        network.load_state_dict(type(network).from_pretrained(folder).state_dict())
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"No student can start from {init!r}: {' '.join(str(error).split())[:300]}") from error
+
+
 def load_network(folder: Path, teacher: Any) -> Any:
     """The network of a checkpoint, float32: a whole one, or the teacher's network with the adapters of a LoRA.
 

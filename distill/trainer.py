@@ -39,6 +39,7 @@ from genkit.distill.networks import Student, Teacher
 from genkit.distill.rounds import Fakes, Figures, Rounds
 from genkit.distill.runs import Run
 from genkit.distill.setup import build_discriminator
+from genkit.distill.trained import start_from
 from genkit.distill.sources import FeatureSource
 from genkit.ranks import Ranks
 
@@ -83,6 +84,8 @@ class DistillTrainer:
         self.teacher = Teacher(denoiser)
         self.draws = Draws(data, denoiser, config, self.ranks)
         self.student = Student(self.teacher, lora_rank=config.lora_rank, extra_channels=self.draws.extra_channels)
+        if config.init:
+            start_from(config.init, self.student.network)
         self.discriminator = build_discriminator(denoiser, self.draws, config, source).to(denoiser.device)
         if config.gradient_checkpointing:
             for network in (self.student.network, denoiser.network):
@@ -107,7 +110,7 @@ class DistillTrainer:
             return torch.optim.AdamW(list(parameters), lr=lr, betas=(0.0, 0.99), weight_decay=decay)
 
         def schedule(optimizer: Any) -> Any:
-            return get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup, config.steps)
+            return get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup, num_training_steps=config.steps)
 
         optimizers = (
             adamw(self.student.trained(), config.learning_rate, config.weight_decay),
@@ -168,7 +171,7 @@ class DistillTrainer:
             kept = Kept()
             figures |= self._attempt("discriminator", lambda attempt: self._discriminator_phase(attempt, kept))
         figures |= self._attempt("generator", lambda attempt: self._generator_phase(attempt, kept))
-        for schedule in self.schedules:
+        for schedule in self.schedules if self.config.adversarial else self.schedules[:1]:
             schedule.step()
         return figures
 
@@ -233,9 +236,7 @@ class DistillTrainer:
         for optimizer in (self.student_optimizer, self.heads_optimizer):
             optimizer.zero_grad(set_to_none=True)
 
-    def _finish(
-        self, name: str, network: nn.Module, optimizer: Any, other: nn.Module, figures: list[Figures]
-    ) -> dict[str, float]:
+    def _finish(self, name: str, network: nn.Module, optimizer: Any, other: nn.Module, figures: list[Figures]) -> dict[str, float]:
         """Check that gradients are where they belong and finite, then update; the figures, means over micro-batches and processes."""
         for foreign in (other, self.teacher.denoiser.network):
             strays = [key for key, p in foreign.named_parameters() if p.grad is not None]

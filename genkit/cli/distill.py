@@ -25,8 +25,14 @@ def distill(
     out: Annotated[Path, option(_RUN, "Folder of the run: settings, checkpoints, log, previews.")],
     teacher: Annotated[str, option(_WHAT, "An embedded model, a folder, or a Hub repository.")] = "digits",
     student: Annotated[str | None, option(_WHAT, "full, or lora:RANK on the teacher's own weights.", show_default="full")] = None,
+    init: Annotated[
+        str | None, option(_WHAT, "Start from an earlier student: a run, or a folder of a network.", show_default="the teacher")
+    ] = None,
+    task: Annotated[str | None, option(_WHAT, "generate or inpaint.", show_default="generate")] = None,
     recipe: Annotated[Path | None, option(_WHAT, "TOML file with settings; options on the command line win.")] = None,
-    count: Annotated[int | None, option(_WHAT, "Images of --data; fewer are repeated, digits come in other colours.", min=1)] = None,
+    count: Annotated[
+        int | None, option(_WHAT, "Images of --data; fewer are repeated, digits come in other colours.", min=1)
+    ] = None,
     sizes: Annotated[
         str | None, option(_WHAT, "Sizes to which images are cut, WIDTHxHEIGHT,...: one shape a batch.", show_default="the model's")
     ] = None,
@@ -75,9 +81,7 @@ def distill(
     grad_clip: Annotated[float | None, option(_OPT, "Largest norm of a gradient; 0 is off.", min=0, show_default="1")] = None,
     ema: Annotated[float | None, option(_OPT, "Decay of the student's average.", min=0, max=0.99999, show_default=".999")] = None,
     steps: Annotated[int | None, option(_OPT, "Rounds: an update of both networks each.", min=1, show_default="10000")] = None,
-    batch_size: Annotated[
-        int | None, option(_OPT, "Samples of a round, over all processes.", min=1, show_default="64")
-    ] = None,
+    batch_size: Annotated[int | None, option(_OPT, "Samples of a round, over all processes.", min=1, show_default="64")] = None,
     accumulation: Annotated[int | None, option(_OPT, "Micro-batches of a round.", min=1, show_default="1")] = None,
     fused: Annotated[
         bool | None, option(_OPT, "One pass of student and teacher for both updates.", show_default="with one micro-batch")
@@ -125,7 +129,7 @@ def distill(
             output.mute()
         parsed = _levels(levels, level_probs)
         changes: dict[str, Any] = {
-            "teacher": teacher, "disc_noise": disc_noise, "head": head, "head_width": head_width, "encoder": encoder,
+            "teacher": teacher, "init": init, "task": task, "disc_noise": disc_noise, "head": head, "head_width": head_width, "encoder": encoder,
             "mismatched": mismatched, "gan": gan, "r1": r1, "approximate_r1": approximate_r1, "distillation": distillation,
             "distillation_weight": distillation_weight, "distillation_guidance": distillation_guidance,
             "reconstruction": reconstruction, "adversarial": adversarial, "lr": lr, "disc_lr": disc_lr,

@@ -1,0 +1,336 @@
+"""What a round of distillation costs: one update of the discriminator and one of the student, in time and memory.
+
+    python benchmarks/distill_rounds.py [--rounds 5] [--only TEXT] [--out benchmarks/results/distill_rounds.json]
+
+    fused              genkit's round: one pass of student and teacher for both updates
+    separate           genkit's round of two passes
+    public             the structure of the public trainers of LADD, with their heads (StyleGAN-T's)
+    public, our heads  the same with genkit's heads, so that all networks are the same
+    public, encoded    the latter on latents and embeddings that are ready
+
+The public structure: each phase draws a batch of its own, encodes its pictures and prompts, and runs the student; real, generated and
+mismatched samples each take a pass through the whole teacher; the student's loss leaves gradients in the heads, which are dropped.
+Optimizers, losses, taps, levels and batch sizes are the same everywhere; heads without R1, which those trainers do not use. ("fused,
+R1" is the default of genkit.)
+
+All variants are timed in turn within each round (CPU time on a CPU, so that other processes do not count; medians). Memory is the
+peak of what is allocated: weights, averages, optimizer states, text encoder and VAE where they are used, and what a round adds, as
+torch's profiler traces it on a CPU and its allocator on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from genkit.data import digits
+from genkit.denoisers import Cond, Denoiser
+from genkit.distill import losses
+from genkit.distill.config import DistillConfig
+from genkit.distill.data import LatentDataset, open_data
+from genkit.distill.discriminator import FeatureDiscriminator
+from genkit.distill.networks import condition_vector, with_network
+from genkit.distill.path import Path as Levels
+from genkit.distill.samplers import LevelSampler, NoiseSampler
+from genkit.distill.sources import TeacherTaps
+from genkit.distill.trainer import DistillTrainer
+from genkit.features.taps import resolve_taps
+from genkit.files import write_atomic
+from genkit.pipelines import GuidedPipeline
+
+CONFIG = {"r1": 0.0, "steps": 1000, "checkpoint_every": 0, "preview_every": 0}
+ITEMS = 64  # of the data
+
+
+class FullPass(TeacherTaps):
+    """The teacher's features by a pass that goes on to its output."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__(denoiser)
+        self.taps = [*self.taps, *resolve_taps(denoiser.network, "conv_out")]
+
+    def __call__(self, *arguments: Any, **options: Any) -> list[Tensor]:
+        return super().__call__(*arguments, **options)[:-1]
+
+
+class PublicRound:
+    """A round in the structure of the public trainers.
+
+    Args:
+        denoiser: the teacher, with text encoder and VAE.
+        pictures: (N, 3, H, W) in [-1, 1], with N captions.
+        head: "stylegan-t" or "conv2d".
+        encoded: whether batches are ready latents and embeddings.
+    """
+
+    def __init__(self, denoiser: Denoiser, pictures: Tensor, captions: list[str], config: DistillConfig, head: str, encoded: bool) -> None:
+        self.denoiser, self.pictures, self.captions, self.config, self.encoded = denoiser, pictures, captions, config, encoded
+        self.network = copy.deepcopy(denoiser.network).float().requires_grad_(True).train()
+        self.student, self.levels = with_network(denoiser, self.network), Levels(denoiser.pipe.scheduler)
+        self.generator = torch.Generator().manual_seed(0)
+        self.step = 0
+        self.ready = {step: self._encode(step) for step in range(2)} if encoded else {}
+        dim = condition_vector(self._batch()[1]).shape[1]
+        self.discriminator = FeatureDiscriminator(FullPass(denoiser), dim, head=head, width=config.head_width).to(denoiser.device)
+        self.optimizers = [adamw(self.network, config.learning_rate), adamw(self.discriminator, config.disc_lr)]
+        self.student_levels = LevelSampler(config.levels)
+        self.noise = NoiseSampler.parse(config.disc_noise)
+
+    def __call__(self) -> None:
+        """One update of the heads, one of the student."""
+        self._discriminator_phase()
+        self._generator_phase()
+
+    def held(self) -> list[Any]:
+        """All that lives through a round."""
+        pipe = self.denoiser.pipe
+        encoders = [] if self.encoded else [pipe.text_encoder, pipe.vae]
+        return [self.denoiser.network, self.network, self.discriminator, *encoders, *self.optimizers]
+
+    def _encode(self, step: int) -> tuple[Tensor, Cond]:
+        start = step * self.config.batch_size % len(self.pictures)
+        rows = slice(start, start + self.config.batch_size)
+        self.denoiser.forget()
+        with torch.no_grad():
+            return self.denoiser.encode(self.pictures[rows]), self.denoiser.condition(prompts=self.captions[rows])
+
+    def _batch(self) -> tuple[Tensor, Cond]:
+        """Clean latents and their condition; another batch in each call."""
+        self.step += 1
+        return self.ready[self.step % 2] if self.encoded else self._encode(self.step)
+
+    def _fake(self, x0: Tensor, cond: Cond) -> Tensor:
+        u = self.student_levels.draw(len(x0), 0, self.generator)
+        x, level = self.levels.add_noise(x0, torch.randn_like(x0), u)
+        return self.student(x, level, cond).x0.float()
+
+    def _score(self, x0: Tensor, cond: Cond) -> list[Tensor]:
+        u = self.noise.draw(len(x0), self.generator)
+        features = self.discriminator.extract(x0, cond, u, torch.randn_like(x0))
+        return self.discriminator(features, condition_vector(cond), u)
+
+    def _discriminator_phase(self) -> None:
+        x0, cond = self._batch()
+        self._zero()
+        with torch.no_grad():
+            fake = self._fake(x0, cond)
+        wrong = cond[[*range(1, len(x0)), 0]]
+        real_logits = self._score(x0, cond)
+        loss = losses.gan_d(real_logits, self._score(fake, cond)) + losses.gan_d(real_logits, self._score(x0, wrong))
+        (loss / 2).backward()
+        self._update(1, self.discriminator)
+
+    def _generator_phase(self) -> None:
+        x0, cond = self._batch()
+        self._zero()
+        losses.gan_g(self._score(self._fake(x0, cond), cond)).backward()
+        self._update(0, self.network)
+
+    def _zero(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _update(self, which: int, network: nn.Module) -> None:
+        nn.utils.clip_grad_norm_(network.parameters(), self.config.grad_clip)
+        self.optimizers[which].step()
+
+
+class OurRound:
+    """A round of genkit's trainer."""
+
+    def __init__(self, denoiser: Denoiser, data: LatentDataset, config: DistillConfig, folder: Path) -> None:
+        self.trainer = DistillTrainer(denoiser, data, config, folder)
+
+    def __call__(self) -> None:
+        self.trainer._round()
+        self.trainer.step += 1
+
+    def held(self) -> list[Any]:
+        """All that lives through a round."""
+        trainer = self.trainer
+        optimizers = [trainer.student_optimizer, trainer.heads_optimizer]
+        return [trainer.teacher.denoiser.network, trainer.student, trainer.discriminator, *optimizers, *trainer.ema.shadow_params]
+
+
+Round = OurRound | PublicRound
+
+
+def adamw(network: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The trainer's optimizer."""
+    return torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
+
+
+def variants(pipe: Any, batch: int, folder: Path) -> dict[str, Round]:
+    """The rounds to compare, on one teacher."""
+    denoiser = Denoiser.of(pipe)
+    side = denoiser.latent_shape(None, None)[-1] * denoiser.factor
+    drawn = digits.draw("train", ITEMS, seed=0)
+    captions, pictures = drawn.captions(), F.interpolate(drawn.images, (side, side)).to(denoiser.device)
+    data = open_data("digits", denoiser, cache=folder / "data", count=ITEMS)
+
+    def ours(name: str, **changes: Any) -> OurRound:
+        return OurRound(denoiser, data, DistillConfig(**CONFIG | {"batch_size": batch} | changes), folder / name)
+
+    def public(head: str, encoded: bool = False) -> PublicRound:
+        return PublicRound(denoiser, pictures, captions, DistillConfig(**CONFIG | {"batch_size": batch}), head, encoded)
+
+    return {
+        "fused": ours("fused"), "fused, R1": ours("fused_r1", r1=1e-5), "separate": ours("separate", fused=False),
+        "public": public("stylegan-t"), "public, our heads": public("conv2d"), "public, encoded": public("conv2d", encoded=True),
+    }  # fmt: skip
+
+
+def middle_sized() -> Any:
+    """A fifth of Stable Diffusion 1.5 in width, untrained, on pictures of 128 x 128."""
+    own = GuidedPipeline.from_pretrained("digits").host
+    torch.manual_seed(0)
+    text = transformers.CLIPTextConfig(**own.text_encoder.config.to_dict() | {
+        "hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 12, "num_attention_heads": 5,
+    })  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(64, 128, 256, 256), layers_per_block=2, cross_attention_dim=160, attention_head_dim=8
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(24, 48, 104, 104), layers_per_block=2, norm_num_groups=8, latent_channels=4, sample_size=128,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae.eval(), text_encoder=transformers.CLIPTextModel(text).eval(), tokenizer=own.tokenizer, unet=unet.eval(),
+        scheduler=PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall-clock time of a call on a GPU, CPU time on a CPU."""
+    if not torch.cuda.is_available():
+        start = time.process_time()
+        function()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def bytes_of(held: list[Any]) -> int:
+    """Of tensors, and of what modules and optimizers hold, each once."""
+    tensors: list[Tensor] = []
+    for item in held:
+        if isinstance(item, nn.Module):
+            tensors += [*item.parameters(), *item.buffers()]
+        elif isinstance(item, Tensor):
+            tensors.append(item)
+        else:
+            tensors += [value for state in item.state.values() for value in state.values() if isinstance(value, Tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def added_bytes(function: Callable[[], Any]) -> int:
+    """The most that a call allocates at any time, beyond what is there before."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        function()
+    events = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
+    now = most = 0
+    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        now += size
+        most = max(most, now)
+    return most
+
+
+def encoding_share(pipe: Any) -> float:
+    """Operations to encode a picture and its prompt / operations of a pass of the network."""
+    denoiser = Denoiser.of(pipe)
+    shape = denoiser.latent_shape(None, None)
+
+    def operations(function: Callable[[], Any]) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops()
+
+    side, device = shape[-1] * denoiser.factor, denoiser.device
+    cond = denoiser.condition(prompts=["a seven"])
+    x, level = Levels(pipe.scheduler).add_noise(torch.zeros(1, *shape, device=device), torch.zeros(1, *shape, device=device), torch.ones(1))
+    encoding = operations(lambda: denoiser.encode(torch.zeros(1, 3, side, side, device=device)))
+    encoding += operations(lambda: denoiser.condition(prompts=["a red seven"]))
+    return encoding / operations(lambda: denoiser(x, level, cond))
+
+
+def measure(pipe: Any, batch: int, rounds: int) -> dict[str, Any]:
+    """Seconds and bytes of each variant."""
+    with tempfile.TemporaryDirectory() as folder:
+        cases = variants(pipe, batch, Path(folder))
+        rows = {}
+        for name, case in cases.items():
+            case()  # optimizers have their states, prompts are encoded
+            held, added = bytes_of(case.held()), added_bytes(case)
+            rows[name] = {"held_bytes": held, "added_bytes": added, "peak_bytes": held + added}
+        times: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(rounds):
+            for name, case in cases.items():
+                times[name].append(seconds(case))
+    for name, values in times.items():
+        rows[name]["seconds"] = statistics.median(values)
+    return {"batch": batch, "rounds": rounds, "encoding_over_pass": encoding_share(pipe), "rows": rows}
+
+
+def main() -> None:
+    """Measure each network, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="networks whose name contains this")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/distill_rounds.json"))
+    arguments = parser.parse_args()
+    networks: dict[str, tuple[Callable[[], Any], int]] = {
+        "digits": (lambda: GuidedPipeline.from_pretrained("digits").host, 32),
+        "Stable Diffusion, 1/5 of the width": (middle_sized, 8),
+    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    document: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    found = document.setdefault("networks", {})
+    for name, (make, batch) in networks.items():
+        if arguments.only in name:
+            found[name] = measure(make().to(device), batch, arguments.rounds)
+    named = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    document["machine"] = {"device": named, "torch": torch.__version__, "python": platform.python_version()}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(arguments.out, (json.dumps(document, indent=2) + "\n").encode())
+    for name, result in found.items():
+        title = f"{name}: batch {result['batch']}, encoding a sample takes {result['encoding_over_pass']:.2f} of a pass"
+        table = Table("", "s a round", "fused / this", "MB held", "MB added", "peak: fused / this", title=title, box=None)
+        fused = result["rows"]["fused"]
+        for variant, row in result["rows"].items():
+            table.add_row(
+                variant, f"{row['seconds']:.2f}", f"{fused['seconds'] / row['seconds']:.2f}", f"{row['held_bytes'] / 1e6:.0f}",
+                f"{row['added_bytes'] / 1e6:.0f}", f"{fused['peak_bytes'] / row['peak_bytes']:.2f}",
+            )  # fmt: skip
+        Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
