@@ -8,14 +8,14 @@
     public, our heads  the same with genkit's heads, so that all networks are the same
     public, encoded    the latter on latents and embeddings that are ready
 
-The public structure: each phase draws a batch of its own, encodes its pictures and prompts, and runs the student; real, generated and
-mismatched samples each take a pass through the whole teacher; the student's loss leaves gradients in the heads, which are dropped.
-Optimizers, losses, taps, levels and batch sizes are the same everywhere; heads without R1, which those trainers do not use. ("fused,
-R1" is the default of genkit.)
+The public structure: each phase draws a batch of its own, encodes its pictures and prompts, and runs the student; real, generated
+and mismatched samples each take a pass through the whole teacher; the student's loss leaves gradients in the heads, which are
+dropped. Optimizers, losses, taps, levels and batch sizes are the same everywhere, without R1, which those trainers do not use.
+("fused, R1" is the default of genkit.) It is a model of their structure, not a run of their code.
 
 All variants are timed in turn within each round (CPU time on a CPU, so that other processes do not count; medians). Memory is the
-peak of what is allocated: weights, averages, optimizer states, text encoder and VAE where they are used, and what a round adds, as
-torch's profiler traces it on a CPU and its allocator on a GPU.
+peak of what is allocated: weights, the student's average, optimizer states, text encoder and VAE (which genkit's trainer holds too,
+for previews; "encoded" does without), and what a round adds, as torch's profiler traces it on a CPU and its allocator on a GPU.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class PublicRound:
         encoded: whether batches are ready latents and embeddings.
     """
 
-    def __init__(self, denoiser: Denoiser, pictures: Tensor, captions: list[str], config: DistillConfig, head: str, encoded: bool) -> None:
+    def __init__(
+        self, denoiser: Denoiser, pictures: Tensor, captions: list[str], config: DistillConfig, head: str, encoded: bool
+    ) -> None:
         self.denoiser, self.pictures, self.captions, self.config, self.encoded = denoiser, pictures, captions, config, encoded
         self.network = copy.deepcopy(denoiser.network).float().requires_grad_(True).train()
         self.student, self.levels = with_network(denoiser, self.network), Levels(denoiser.pipe.scheduler)
@@ -166,8 +168,9 @@ class OurRound:
     def held(self) -> list[Any]:
         """All that lives through a round."""
         trainer = self.trainer
-        optimizers = [trainer.student_optimizer, trainer.heads_optimizer]
-        return [trainer.teacher.denoiser.network, trainer.student, trainer.discriminator, *optimizers, *trainer.ema.shadow_params]
+        pipe, optimizers = trainer.teacher.denoiser.pipe, [trainer.student_optimizer, trainer.heads_optimizer]
+        networks = [trainer.teacher.denoiser.network, trainer.student, trainer.discriminator, pipe.text_encoder, pipe.vae]
+        return [*networks, *optimizers, *trainer.ema.shadow_params]
 
 
 Round = OurRound | PublicRound
@@ -178,7 +181,7 @@ def adamw(network: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
 
 
-def variants(pipe: Any, batch: int, folder: Path) -> dict[str, Round]:
+def variants(pipe: Any, batch: int, width: int, folder: Path) -> dict[str, Round]:
     """The rounds to compare, on one teacher."""
     denoiser = Denoiser.of(pipe)
     side = denoiser.latent_shape(None, None)[-1] * denoiser.factor
@@ -186,11 +189,13 @@ def variants(pipe: Any, batch: int, folder: Path) -> dict[str, Round]:
     captions, pictures = drawn.captions(), F.interpolate(drawn.images, (side, side)).to(denoiser.device)
     data = open_data("digits", denoiser, cache=folder / "data", count=ITEMS)
 
+    common = CONFIG | {"batch_size": batch, "head_width": width}
+
     def ours(name: str, **changes: Any) -> OurRound:
-        return OurRound(denoiser, data, DistillConfig(**CONFIG | {"batch_size": batch} | changes), folder / name)
+        return OurRound(denoiser, data, DistillConfig(**common | changes), folder / name)
 
     def public(head: str, encoded: bool = False) -> PublicRound:
-        return PublicRound(denoiser, pictures, captions, DistillConfig(**CONFIG | {"batch_size": batch}), head, encoded)
+        return PublicRound(denoiser, pictures, captions, DistillConfig(**common), head, encoded)
 
     return {
         "fused": ours("fused"), "fused, R1": ours("fused_r1", r1=1e-5), "separate": ours("separate", fused=False),
@@ -209,12 +214,12 @@ def middle_sized() -> Any:
         sample_size=16, block_out_channels=(64, 128, 256, 256), layers_per_block=2, cross_attention_dim=160, attention_head_dim=8
     )
     vae = AutoencoderKL(
-        block_out_channels=(24, 48, 104, 104), layers_per_block=2, norm_num_groups=8, latent_channels=4, sample_size=128,
+        block_out_channels=(24, 48, 96, 96), layers_per_block=2, norm_num_groups=8, latent_channels=4, sample_size=128,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
     return StableDiffusionPipeline(
         vae=vae.eval(), text_encoder=transformers.CLIPTextModel(text).eval(), tokenizer=own.tokenizer, unet=unet.eval(),
-        scheduler=PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True),
+        scheduler=PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
@@ -275,16 +280,18 @@ def encoding_share(pipe: Any) -> float:
 
     side, device = shape[-1] * denoiser.factor, denoiser.device
     cond = denoiser.condition(prompts=["a seven"])
-    x, level = Levels(pipe.scheduler).add_noise(torch.zeros(1, *shape, device=device), torch.zeros(1, *shape, device=device), torch.ones(1))
+    x, level = Levels(pipe.scheduler).add_noise(
+        torch.zeros(1, *shape, device=device), torch.zeros(1, *shape, device=device), torch.ones(1)
+    )
     encoding = operations(lambda: denoiser.encode(torch.zeros(1, 3, side, side, device=device)))
     encoding += operations(lambda: denoiser.condition(prompts=["a red seven"]))
     return encoding / operations(lambda: denoiser(x, level, cond))
 
 
-def measure(pipe: Any, batch: int, rounds: int) -> dict[str, Any]:
+def measure(pipe: Any, batch: int, width: int, rounds: int) -> dict[str, Any]:
     """Seconds and bytes of each variant."""
     with tempfile.TemporaryDirectory() as folder:
-        cases = variants(pipe, batch, Path(folder))
+        cases = variants(pipe, batch, width, Path(folder))
         rows = {}
         for name, case in cases.items():
             case()  # optimizers have their states, prompts are encoded
@@ -296,7 +303,7 @@ def measure(pipe: Any, batch: int, rounds: int) -> dict[str, Any]:
                 times[name].append(seconds(case))
     for name, values in times.items():
         rows[name]["seconds"] = statistics.median(values)
-    return {"batch": batch, "rounds": rounds, "encoding_over_pass": encoding_share(pipe), "rows": rows}
+    return {"batch": batch, "head_width": width, "rounds": rounds, "encoding_over_pass": encoding_share(pipe), "rows": rows}
 
 
 def main() -> None:
@@ -306,20 +313,21 @@ def main() -> None:
     parser.add_argument("--only", default="", help="networks whose name contains this")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/distill_rounds.json"))
     arguments = parser.parse_args()
-    networks: dict[str, tuple[Callable[[], Any], int]] = {
-        "digits": (lambda: GuidedPipeline.from_pretrained("digits").host, 32),
-        "Stable Diffusion, 1/5 of the width": (middle_sized, 8),
+    # Heads of the width that the embedded student's have, and of a fifth of the default.
+    networks: dict[str, tuple[Callable[[], Any], int, int]] = {
+        "digits": (lambda: GuidedPipeline.from_pretrained("digits").host, 16, 128),
+        "Stable Diffusion, 1/5 of the width": (middle_sized, 4, 48),
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    named = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     document: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     found = document.setdefault("networks", {})
-    for name, (make, batch) in networks.items():
+    for name, (make, batch, width) in networks.items():
         if arguments.only in name:
-            found[name] = measure(make().to(device), batch, arguments.rounds)
-    named = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    document["machine"] = {"device": named, "torch": torch.__version__, "python": platform.python_version()}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(arguments.out, (json.dumps(document, indent=2) + "\n").encode())
+            machine = {"device": named, "torch": torch.__version__, "python": platform.python_version()}
+            found[name] = {"machine": machine} | measure(make().to(device), batch, width, arguments.rounds)
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(arguments.out, (json.dumps(document, indent=2) + "\n").encode())
     for name, result in found.items():
         title = f"{name}: batch {result['batch']}, encoding a sample takes {result['encoding_over_pass']:.2f} of a pass"
         table = Table("", "s a round", "fused / this", "MB held", "MB added", "peak: fused / this", title=title, box=None)

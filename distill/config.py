@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ class DistillConfig:
         for name in content:
             if name not in known:
                 raise unknown("setting of a distillation", name, list(known))
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
         try:
             return cls(**values)
         except TypeError as error:
@@ -237,9 +238,9 @@ def read_toml(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no TOML.
     """
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ImportError:  # Python 3.10
+    else:
         import tomli as tomllib
 
     try:

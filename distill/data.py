@@ -148,9 +148,9 @@ class LatentDataset:
         return [values[row] for row in rows]
 
     def _stored(self, names: Sequence[str], rows: Sequence[int]) -> Cond:
-        tensors = {name: self._gather(f"cond.{name}", rows) for name in names}
+        tensors = {name: _wide(self._gather(f"cond.{name}", rows)) for name in names}
         first = self._shards[0]
-        null = {name: first.read(f"null.{name}", [0], keep=True) for name in names if f"null.{name}" in first.shapes}
+        null = {name: _wide(first.read(f"null.{name}", [0], keep=True)) for name in names if f"null.{name}" in first.shapes}
         return Cond(tensors, {name: value.expand(len(rows), *value.shape[1:]) for name, value in null.items()} or None)
 
     def _listed(self, kind: str) -> list[Any] | None:
@@ -185,6 +185,11 @@ class LatentDataset:
             result[positions] = values
         assert result is not None
         return result
+
+
+def _wide(value: Tensor) -> Tensor:
+    """Floating-point numbers as float32: autocast to bfloat16 refuses to join float16 ones."""
+    return value.float() if value.is_floating_point() else value
 
 
 def _open_shards(folder: Path, record: dict[str, Any], skip_bad: bool) -> tuple[list[Shard], list[str]]:

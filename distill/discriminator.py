@@ -84,9 +84,12 @@ class FeatureDiscriminator(nn.Module):
         """
         if len(features) != len(self.heads):
             raise ValueError(f"There are {len(features)} features for {len(self.heads)} heads. Extract them from the source.")
-        with torch.autocast(features[0].device.type, enabled=False):
-            condition = self._condition(features[0], vector, u, image)
-            return [head(value.float(), condition) for head, value in zip(self.heads, features, strict=True)]
+        return [self.judge(k, value, vector, u, image) for k, value in enumerate(features)]
+
+    def judge(self, k: int, feature: Tensor, vector: Tensor, u: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+        """Logits (B, N_k) of head k for its feature (B, C, h, w); otherwise as `score`."""
+        with torch.autocast(feature.device.type, enabled=False):
+            return self.heads[k](feature.float(), self._condition(feature, vector, u, image))
 
     def forward(self, features: list[Tensor], vector: Tensor, u: Tensor | None = None, image: Tensor | None = None) -> list[Tensor]:
         """`score`, for wrappers that go through forward (DDP)."""

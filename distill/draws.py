@@ -74,7 +74,8 @@ class Draws:
         parts = ranks.world * config.accumulation
         if config.batch_size % parts:
             raise ValueError(
-                f"batch_size={config.batch_size} is no multiple of {ranks.world} processes times {config.accumulation} micro-batches."
+                f"batch_size={config.batch_size} is no multiple of {ranks.world} processes times {config.accumulation} "
+                "micro-batches."
             )
         batch_rows(data, config.batch_size, config.seed, 0)  # refuses a batch that the data cannot fill
         if config.reconstruction:
@@ -117,7 +118,8 @@ class Draws:
         own = cond[here] if cond.tensors else cond
         mask = random_masks(mine, step, config.seed, x0.shape[-2:]).to(x0) if config.task == "inpaint" else None
         return Draw(
-            x0, own if mask is None else masked(own, x0, mask), mask, own.without_concat(), cond[there].without_concat() if self.mismatched else None, vector[here], vector[there],
+            x0, own if mask is None else masked(own, x0, mask), mask, own.without_concat(),
+            cond[there].without_concat() if self.mismatched else None, vector[here], vector[there],
             u[mine], eps_student, u_real[mine], eps_real, u_fake[mine], eps_fake, u_teacher[mine], eps_teacher, eps_perturb,
         )  # fmt: skip
 

@@ -182,9 +182,26 @@ def _write_pipeline(pipe: DiffusionPipeline, folder: Path, dtype: torch.dtype) -
     for module in modules.values():
         _cast(module, dtype)
     pipe.save_pretrained(folder)
+    for file in folder.rglob("config.json"):
+        _tidy(file)
+    _tidy(folder / "model_index.json")
     for module in modules.values():
         _cast(module, torch.float32)
     return pipe
+
+
+def _tidy(file: Path) -> None:
+    """A configuration that names no folder of this machine, and loads in float32 unless it is told otherwise.
+
+    diffusers notes where a component came from. transformers loads in the dtype of the file where diffusers takes float32, so a
+    stock pipeline of half-precision files would mix the two.
+    """
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if Path(content.get("_name_or_path") or ".").is_absolute():
+        del content["_name_or_path"]
+    for name in {"dtype", "torch_dtype"} & set(content):
+        content[name] = "float32"
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _cast(module: torch.nn.Module, dtype: torch.dtype) -> None:

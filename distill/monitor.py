@@ -91,15 +91,16 @@ class Monitor:
         return "distilling  " + "  ".join(f"{short} {last[name]:.3f}" for name, short in named.items() if name in last)
 
     def _warn(self, text: str) -> None:
-        """Each warning once."""
-        if text not in self.warnings:
+        """Each kind of warning once; its figures may change."""
+        kind = text.partition(":")[0]
+        if not any(warning.startswith(kind) for warning in self.warnings):
             self.warnings.append(text)
             if self.trainer.ranks.leads:
                 console.print(f"[yellow]Round {self.trainer.step}: {text}[/yellow]", highlight=False)
 
     @torch.no_grad()
     def preview(self) -> Path | None:
-        """Pictures of the averaged student at 1, 2 and 4 steps from fixed noise, above them the teacher's; `previews/step-N.png`."""
+        """Pictures of the averaged student at 1, 2 and 4 steps from fixed noise, under the teacher's; `previews/step-N.png`."""
         trainer = self.trainer
         count = min(trainer.config.preview_count, len(trainer.draws.data))
         if not trainer.ranks.leads or not count:
@@ -179,8 +180,8 @@ def judge_health(history: list[dict[str, float]], taps: list[str]) -> list[str]:
     found = []
     if min(means) > WINS:
         found.append(
-            f"The discriminator wins: all heads tell real from fake {min(means):.0%} of the time or more, so the student learns little. "
-            "Lower --disc-lr, raise --r1, use fewer taps, or more noise (the mean of --disc-noise)."
+            f"The discriminator wins: all heads tell real from fake {min(means):.0%} of the time or more, so the student learns "
+            "little. Lower --disc-lr, raise --r1, use fewer taps, or more noise (the mean of --disc-noise)."
         )
     dead = [name for name, mean in zip(taps, means, strict=True) if mean < DIES]
     gaps = [sum(h[f"logit_real/{k}"] - h[f"logit_fake/{k}"] for h in history) / len(history) for k in range(len(taps))]

@@ -80,7 +80,7 @@ class Student(nn.Module):
         teacher: Teacher,
         *,
         lora_rank: int = 0,
-        lora_alpha: float | None = None,
+        lora_alpha: int | None = None,
         lora_targets: tuple[str, ...] = LORA_TARGETS,
         extra_channels: int = 0,
     ) -> None:
@@ -118,7 +118,7 @@ class Student(nn.Module):
         """Clean samples (B, ...) of noisy samples x (B, ...); x0 is computed in float32 whatever the network's dtype."""
         return self.denoiser(x, level, Cond(tensors)).x0.float()
 
-    def _add_lora(self, rank: int, alpha: float, targets: tuple[str, ...]) -> None:
+    def _add_lora(self, rank: int, alpha: int, targets: tuple[str, ...]) -> None:
         from peft import LoraConfig
 
         if not hasattr(self.network, "add_adapter"):
@@ -141,17 +141,11 @@ def _grow_input(network: Any, extra: int) -> None:
             owner = network.get_submodule(parent)
         except AttributeError:
             continue
-        old = getattr(owner, name, None)
+        old: Any = getattr(owner, name, None)
         if not isinstance(old, nn.Conv2d):
             continue
-        new = nn.Conv2d(
-            old.in_channels + extra,
-            old.out_channels,
-            old.kernel_size,
-            old.stride,
-            old.padding,
-            bias=old.bias is not None,  # type: ignore[arg-type]
-        ).to(old.weight)
+        shape: dict[str, Any] = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
+        new = nn.Conv2d(old.in_channels + extra, old.out_channels, bias=old.bias is not None, **shape).to(old.weight)
         with torch.no_grad():
             new.weight.zero_()
             new.weight[:, : old.in_channels] = old.weight

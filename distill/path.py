@@ -8,9 +8,9 @@
 | flow matching        | sigma = u, alpha = 1 - u, t = u T                                        |
 | EDM                  | sigma = sigma_min^(1 - u) sigma_max^u                                    |
 
-At u = 1 the input is pure noise, whatever alpha is there (Stable Diffusion's is 0.068): sampling starts from pure noise, so training
-must too (zero terminal signal-to-noise ratio at the input; Sauer et al. 2023, arXiv 2311.17042, sec. 3.1). The network is still
-told its last timestep and its output is read with that level's alpha and sigma, which is what a pipeline does.
+At u = 1 the input is pure noise, whatever alpha is there (Stable Diffusion's is 0.068): sampling starts from pure noise, so
+training must too (zero terminal signal-to-noise ratio at the input; Sauer et al. 2023, arXiv 2311.17042, sec. 3.1). The network
+is still told its last timestep and its output is read with that level's alpha and sigma, which is what a pipeline does.
 
 Sampling in few steps renoises, as training does: x0 <- student(x_u, u), then x_u' <- alpha_u' x0 + sigma_u' eps with fresh noise.
 """

@@ -8,6 +8,7 @@ samplers are those of the large models.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +44,7 @@ class RingNetwork(ModelMixin, ConfigMixin):
     def __init__(self, width: int = 96, depth: int = 4, in_channels: int = 2, sample_size: int = 1) -> None:
         super().__init__()
         widths = [in_channels + 2 * FREQUENCIES, *[width] * depth]
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(i, o), nn.SiLU()) for i, o in zip(widths[:-1], widths[1:], strict=True))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(i, o), nn.SiLU()) for i, o in itertools.pairwise(widths))
         self.out = nn.Linear(width, in_channels)
 
     def forward(self, x: Tensor, u: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ again, through which the student learns. Every update is the same as before; onl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -52,9 +53,7 @@ class Rounds:
     Args:
         teacher: frozen.
         student: the module that is called, possibly wrapped.
-        discriminator: extracts features; its heads are called through `heads`.
-        heads: `(features, vector, u, image) -> logits` of each head: the discriminator, possibly wrapped. The student's loss calls
-            the discriminator itself.
+        discriminator: its features and its heads.
     """
 
     def __init__(
@@ -62,10 +61,9 @@ class Rounds:
         teacher: Teacher,
         student: Student | torch.nn.Module,
         discriminator: FeatureDiscriminator,
-        heads: Callable[..., list[Tensor]],
         config: DistillConfig,
     ) -> None:
-        self.teacher, self.student, self.discriminator, self.heads, self.config = teacher, student, discriminator, heads, config
+        self.teacher, self.student, self.discriminator, self.config = teacher, student, discriminator, config
 
     def fakes(self, draw: Draw) -> Fakes:
         """The student's samples and their features."""
@@ -78,9 +76,10 @@ class Rounds:
             return Fakes(raw, x0, [])
         return Fakes(raw, x0, self.discriminator.extract(x0, draw.cond, draw.u_fake, draw.eps_fake))
 
-    def discriminator_loss(self, draw: Draw, fakes: Fakes) -> tuple[Tensor, Figures]:
-        """L_D of detached fakes; gradients go to the heads alone."""
-        config, count = self.config, len(draw.x0)
+    def discriminator_losses(self, draw: Draw, fakes: Fakes) -> Iterator[tuple[Tensor, Figures]]:
+        """L_D of detached fakes, in parts that add up: one for each head, made when it is asked for, so that the graphs of the
+        heads need not be in memory at once. Gradients go to the heads alone."""
+        count = len(draw.x0)
         with torch.no_grad():
             # Real and mismatched samples in one pass of the backbone; heads see them one kind at a time.
             x0, cond, eps, u = draw.x0, draw.cond, draw.eps_real, draw.u_real
@@ -88,23 +87,35 @@ class Rounds:
                 x0, eps, u = torch.cat([x0, x0]), torch.cat([eps, eps]), torch.cat([u, u])
                 cond = draw.cond.joined(draw.wrong)
             features = self.discriminator.extract(x0, cond, u, eps)
+            perturbed = self._perturbed(draw)
         image = self._image(draw)
-        real = [f[:count].clone().requires_grad_(config.r1 > 0) for f in features]
-        real_logits = self.heads(real, draw.vector, draw.u_real, image)
-        fake_logits = self.heads([f.detach() for f in fakes.features], draw.vector, draw.u_fake, image)
+        for k, (both, fake) in enumerate(zip(features, fakes.features, strict=True)):
+            yield self._head_loss(
+                draw, k, both[:count], fake.detach(), both[count:], None if perturbed is None else perturbed[k], image
+            )
+
+    def _head_loss(
+        self, draw: Draw, k: int, real: Tensor, fake: Tensor, wrong: Tensor, perturbed: Tensor | None, image: Tensor | None
+    ) -> tuple[Tensor, Figures]:
+        """The part of L_D of head k, from its features."""
+        config, judge = self.config, functools.partial(self.discriminator.judge, k)
+        real = real.clone().requires_grad_(config.r1 > 0)
+        real_logits, fake_logits = judge(real, draw.vector, draw.u_real, image), judge(fake, draw.vector, draw.u_fake, image)
         loss = losses.gan_d(real_logits, fake_logits, config.gan)
         if draw.wrong is not None:
-            wrong_logits = self.heads([f[count:] for f in features], draw.wrong_vector, draw.u_real, image)
-            loss = (loss + losses.gan_d(real_logits, wrong_logits, config.gan)) / 2
+            loss = (loss + losses.gan_d(real_logits, judge(wrong, draw.wrong_vector, draw.u_real, image), config.gan)) / 2
         figures: Figures = {}
         if config.r1:
-            figures["r1"] = losses.r1(real_logits, real)
+            figures["r1"] = losses.r1(real_logits, [real])
             loss = loss + config.r1 * figures["r1"]
-        if config.approximate_r1:
-            figures["approximate_r1"] = self._approximate_r1(draw, real_logits)
+        if perturbed is not None:
+            perturbed_logits = judge(perturbed, draw.vector, draw.u_real, image)
+            figures["approximate_r1"] = losses.approximate_r1(real_logits, perturbed_logits, config.approximate_r1_std)
             loss = loss + config.approximate_r1 * figures["approximate_r1"]
-        figures |= {"d_loss": loss} | _judgement(real_logits, fake_logits, config.gan)
-        return loss, {name: value.detach() for name, value in figures.items()}
+        heads = len(self.discriminator.heads)
+        figures = {name: value / heads for name, value in (figures | {"d_loss": loss}).items()}
+        figures |= _judgement(k, real_logits, fake_logits, config.gan)
+        return loss / heads, {name: value.detach() for name, value in figures.items()}
 
     def generator_loss(self, draw: Draw, fakes: Fakes) -> tuple[Tensor, Figures]:
         """L_G of fakes with a graph."""
@@ -112,9 +123,8 @@ class Rounds:
         figures: Figures = {"x0_std": fakes.x0.std()}
         terms = []
         if config.adversarial:
-            logits = self.discriminator.score(fakes.features, draw.vector, draw.u_fake, self._image(draw))
-            figures["g_adversarial"] = losses.gan_g(logits, config.gan)
-            terms.append(config.adversarial * figures["g_adversarial"])
+            figures["g_adversarial"], term = self._adversarial(draw, fakes.features)
+            terms.append(config.adversarial * term)
         if config.distillation:
             figures["g_distillation"] = self._distillation(draw, fakes.x0)
             terms.append(config.distillation * figures["g_distillation"])
@@ -124,6 +134,18 @@ class Rounds:
         loss = torch.stack(terms).sum()
         figures["g_loss"] = loss
         return loss, {name: value.detach() for name, value in figures.items()}
+
+    def _adversarial(self, draw: Draw, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The student's adversarial loss, and a term of that value and its gradient, for which no graph of a head is kept."""
+        value, pull = features[0].new_zeros(()), features[0].new_zeros(())
+        image = self._image(draw)
+        for k, feature in enumerate(features):
+            leaf = feature.detach().requires_grad_()
+            logits = self.discriminator.judge(k, leaf, draw.vector, draw.u_fake, image)
+            part = losses.gan_g(logits, self.config.gan) / len(features)
+            value = value + part.detach()
+            pull = pull + (feature * torch.autograd.grad(part, leaf)[0]).sum()
+        return value, value + pull - pull.detach()
 
     def _distillation(self, draw: Draw, x0: Tensor) -> Tensor:
         """L_dist: the teacher denoises the student's samples at random levels; it gets no gradient."""
@@ -136,12 +158,12 @@ class Rounds:
         seen = codec.decode(x0) if config.distillation_space == "pixel" else x0
         return losses.distillation(seen, target, level, config.distillation_weight)
 
-    def _approximate_r1(self, draw: Draw, real_logits: list[Tensor]) -> Tensor:
-        """The input that the discriminator's backbone saw, with a little more noise, at the same level."""
-        std = self.config.approximate_r1_std
-        with torch.no_grad():
-            features = self.discriminator.extract(draw.x0, draw.cond, draw.u_real, draw.eps_real, std * draw.eps_perturb)
-        return losses.approximate_r1(real_logits, self.heads(features, draw.vector, draw.u_real, self._image(draw)), std)
+    def _perturbed(self, draw: Draw) -> list[Tensor] | None:
+        """Features of the input that the discriminator's backbone saw, with a little more noise, at the same level."""
+        if not self.config.approximate_r1:
+            return None
+        noise = self.config.approximate_r1_std * draw.eps_perturb
+        return self.discriminator.extract(draw.x0, draw.cond, draw.u_real, draw.eps_real, noise)
 
     def _image(self, draw: Draw) -> Tensor | None:
         """Embeddings of the pictures that the student started from; none where it started from pure noise."""
@@ -152,12 +174,8 @@ class Rounds:
         return embedded * (draw.u < 1).to(embedded).unsqueeze(1)
 
 
-def _judgement(real: list[Tensor], fake: list[Tensor], kind: str) -> Figures:
-    """Of each head: how often it is right, and its mean logits."""
+def _judgement(k: int, real: Tensor, fake: Tensor, kind: str) -> Figures:
+    """Of head k: how often it is right, and its mean logits."""
     border = 0.5 if kind == "lsgan" else 0.0
-    figures = {}
-    for k, (r, f) in enumerate(zip(real, fake, strict=True)):
-        r, f = r.detach(), f.detach()
-        figures[f"accuracy/{k}"] = ((r > border).float().mean() + (f < border).float().mean()) / 2
-        figures[f"logit_real/{k}"], figures[f"logit_fake/{k}"] = r.mean(), f.mean()
-    return figures
+    right = ((real > border).float().mean() + (fake < border).float().mean()) / 2
+    return {f"accuracy/{k}": right, f"logit_real/{k}": real.mean(), f"logit_fake/{k}": fake.mean()}

@@ -32,15 +32,14 @@ from genkit.console import progress
 from genkit.denoisers import Denoiser
 from genkit.distill.config import DistillConfig
 from genkit.distill.data import LatentDataset
-from genkit.distill.discriminator import FeatureDiscriminator
 from genkit.distill.draws import Draw, Draws
 from genkit.distill.monitor import Monitor
 from genkit.distill.networks import Student, Teacher
 from genkit.distill.rounds import Fakes, Figures, Rounds
 from genkit.distill.runs import Run
 from genkit.distill.setup import build_discriminator
-from genkit.distill.trained import start_from
 from genkit.distill.sources import FeatureSource
+from genkit.distill.trained import start_from
 from genkit.ranks import Ranks
 
 
@@ -107,7 +106,7 @@ class DistillTrainer:
         config = self.config
 
         def adamw(parameters: Any, lr: float, decay: float) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(list(parameters), lr=lr, betas=(0.0, 0.99), weight_decay=decay)
+            return torch.optim.AdamW(list(parameters), lr=lr, betas=(0.0, 0.99), weight_decay=decay, fused=True)
 
         def schedule(optimizer: Any) -> Any:
             return get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup, num_training_steps=config.steps)
@@ -119,9 +118,10 @@ class DistillTrainer:
         self.schedules = [schedule(optimizer) for optimizer in optimizers]
         # One network with its optimizer at a time, as FSDP2 wants it. The teacher is not prepared: it has nothing to reduce.
         self.wrapped_student, self.student_optimizer = self.accelerator.prepare(self.student, optimizers[0])
-        self.wrapped_heads, self.heads_optimizer = self.accelerator.prepare(self.discriminator, optimizers[1])
+        # Heads have a backward pass each, which DDP does not count as one; `_discriminator_phase` reduces.
+        self.heads_optimizer = self.accelerator.prepare(optimizers[1])
         self.ema = EMAModel(list(self.student.trained()), decay=config.ema, foreach=True)
-        self.rounds = Rounds(self.teacher, self.wrapped_student, self.discriminator, self.wrapped_heads, config)
+        self.rounds = Rounds(self.teacher, self.wrapped_student, self.discriminator, config)
 
     def fit(self, resume: str | Path | None = None) -> None:
         """Train until `config.steps` rounds are done; on SIGTERM or Ctrl-C finish the round, save and return.
@@ -184,23 +184,28 @@ class DistillTrainer:
             if not broken:
                 return figures
         raise FloatingPointError(
-            f"Round {self.step + 1}: {', '.join(broken)} of the {name} stayed NaN or infinite in {self.config.retries + 1} attempts. "
-            "The weights from before are saved. Lower --lr and --disc-lr, or check the data for extreme values."
+            f"Round {self.step + 1}: {', '.join(broken)} of the {name} stayed NaN or infinite in {self.config.retries + 1} "
+            "attempts. The weights from before are saved. Lower --lr and --disc-lr, or check the data for extreme values."
         )
 
     def _discriminator_phase(self, attempt: int, kept: Kept) -> dict[str, float]:
         """Gradients and update of the heads. In a fused round the fakes are made with their graph, and kept."""
         self._zero()
         figures: list[Figures] = []
-        for draw, synchronised in self._draws(attempt, self.wrapped_heads):
-            with synchronised, self._autocast():
+        for draw in self._draws(attempt):
+            found: Figures = {}
+            with self._autocast():
                 with torch.set_grad_enabled(self.config.is_fused):
                     fakes = self.rounds.fakes(draw)
-                loss, found = self.rounds.discriminator_loss(draw, fakes)
-                self.accelerator.backward(loss / self.config.accumulation)
+                for loss, part in self.rounds.discriminator_losses(draw, fakes):
+                    self.accelerator.backward(loss / self.config.accumulation)
+                    found |= {key: found.get(key, 0) + value for key, value in part.items()}
             figures.append(found)
             if self.config.is_fused:
                 kept.draw, kept.fakes = draw, fakes
+        for parameter in self.discriminator.parameters():
+            if parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         return self._finish("d", self.discriminator, self.heads_optimizer, self.student, figures)
 
     def _generator_phase(self, attempt: int, kept: Kept | None) -> dict[str, float]:
@@ -208,8 +213,8 @@ class DistillTrainer:
         self._zero()
         figures: list[Figures] = []
         with _frozen(self.discriminator):
-            for draw, synchronised in self._draws(attempt, self.wrapped_student):
-                with synchronised, self._autocast():
+            for micro, draw in enumerate(self._draws(attempt)):
+                with self._exchange(micro), self._autocast():
                     if kept is not None and kept.fakes is not None and kept.draw is not None:
                         draw, fakes = kept.draw, kept.fakes
                         kept.fakes = None  # its graph serves once
@@ -218,16 +223,18 @@ class DistillTrainer:
                     loss, found = self.rounds.generator_loss(draw, fakes)
                     self.accelerator.backward(loss / self.config.accumulation)
                 figures.append(found)
-        found = self._finish("g", self.student, self.student_optimizer, self.discriminator, figures)
-        if all(math.isfinite(value) for value in found.values()):
+        means = self._finish("g", self.student, self.student_optimizer, self.discriminator, figures)
+        if all(math.isfinite(value) for value in means.values()):
             self.ema.step(list(self.student.trained()))
-        return found
+        return means
 
-    def _draws(self, attempt: int, wrapped: nn.Module) -> Iterator[tuple[Draw, Any]]:
-        """The micro-batches of the round; gradients are exchanged in the last one."""
-        last = self.config.accumulation - 1
-        for micro in range(last + 1):
-            yield self.draws(self.step, micro, attempt), nullcontext() if micro == last else self.accelerator.no_sync(wrapped)
+    def _draws(self, attempt: int) -> Iterator[Draw]:
+        """The micro-batches of the round."""
+        return (self.draws(self.step, micro, attempt) for micro in range(self.config.accumulation))
+
+    def _exchange(self, micro: int) -> Any:
+        """Where the student's gradients are computed: processes exchange them in the last micro-batch."""
+        return nullcontext() if micro == self.config.accumulation - 1 else self.accelerator.no_sync(self.wrapped_student)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16")
@@ -237,7 +244,7 @@ class DistillTrainer:
             optimizer.zero_grad(set_to_none=True)
 
     def _finish(self, name: str, network: nn.Module, optimizer: Any, other: nn.Module, figures: list[Figures]) -> dict[str, float]:
-        """Check that gradients are where they belong and finite, then update; the figures, means over micro-batches and processes."""
+        """Check that gradients are where they belong and finite, then update; means of figures over micro-batches and processes."""
         for foreign in (other, self.teacher.denoiser.network):
             strays = [key for key, p in foreign.named_parameters() if p.grad is not None]
             if strays:
@@ -280,11 +287,11 @@ class DistillTrainer:
 
 
 def _refuse_plugins() -> None:
-    """Refuse what accelerate cannot do for two networks."""
+    """Refuse what splits networks over processes: DeepSpeed takes one model, and checkpoints here are those of whole ones."""
     for name, what in (("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP"), ("MEGATRON_LM", "Megatron-LM")):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
             raise ValueError(
-                f"{what} is set for accelerate, which takes one network with it, but student and heads are two. Launch without it; a "
+                f"{what} is set for accelerate, but here each process keeps student, teacher and heads whole. Launch without it; a "
                 "LoRA student (--student lora:RANK) needs the least memory."
             )
 

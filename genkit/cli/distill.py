@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -97,7 +98,9 @@ def distill(
     preview_every: Annotated[int | None, option(_RUN, "Rounds between previews; 0 is never.", min=0, show_default="500")] = None,
     log_every: Annotated[int | None, option(_RUN, "Rounds between lines of log.jsonl.", min=1, show_default="10")] = None,
     trackers: Annotated[str | None, option(_RUN, "Of accelerate, with commas: tensorboard, wandb, ...")] = None,
-    dry_run: Annotated[bool, option(_RUN, "Check everything, say what would be done, and stop.", "--dry-run")] = False,
+    dry_run: Annotated[
+        bool, option(_RUN, "Check everything (of images, one batch), say what would be done, stop.", "--dry-run")
+    ] = False,
     device: Device = "auto",
     allow_pickle: Annotated[bool, option("Machine", "Accept weights that are pickles.", "--allow-pickle")] = False,
     as_json: Json = False,
@@ -106,13 +109,13 @@ def distill(
 ) -> None:
     """Distil a pretrained model to one to four steps by adversarial diffusion distillation, ADD or LADD.
 
-    The run shows previews beside the teacher's pictures (previews/), logs figures (log.jsonl) and says when the two networks are out
-    of balance. Ctrl-C and SIGTERM finish the round and save; [bold]--resume latest[/bold] goes on as if nothing had happened. What
-    comes out of [bold]genkit export[/bold] is an ordinary diffusers pipeline.
+    The run shows previews beside the teacher's pictures (previews/), logs figures (log.jsonl) and says when the two networks are
+    out of balance. Ctrl-C and SIGTERM finish the round and save; [bold]--resume latest[/bold] goes on as if nothing had happened.
+    What comes out of [bold]genkit export[/bold] is an ordinary diffusers pipeline.
 
     Examples:
 
-        [bold]genkit synth --teacher digits --captions digits --count 16000 --guidance 2 --sampler dpm++ --steps 10 --out data[/bold]
+        [bold]genkit synth --captions digits --count 16000 --guidance 2 --sampler dpm++ --steps 10 --out data[/bold]
 
         [bold]genkit distill ladd --teacher digits --data data --out run --lr 1e-4 --disc-lr 5e-4 --steps 2000[/bold]
 
@@ -129,7 +132,8 @@ def distill(
             output.mute()
         parsed = _levels(levels, level_probs)
         changes: dict[str, Any] = {
-            "teacher": teacher, "init": init, "task": task, "disc_noise": disc_noise, "head": head, "head_width": head_width, "encoder": encoder,
+            "teacher": teacher, "init": init, "task": task, "disc_noise": disc_noise, "head": head, "head_width": head_width,
+            "encoder": encoder,
             "mismatched": mismatched, "gan": gan, "r1": r1, "approximate_r1": approximate_r1, "distillation": distillation,
             "distillation_weight": distillation_weight, "distillation_guidance": distillation_guidance,
             "reconstruction": reconstruction, "adversarial": adversarial, "lr": lr, "disc_lr": disc_lr,
@@ -145,23 +149,29 @@ def distill(
             raise FileNotFoundError(f"There is no recipe {str(recipe)!r}.")
         from genkit.distill.config import DistillConfig
 
-        DistillConfig.preset(method, synthetic=True, side=64, recipe=recipe, **changes)  # what is wrong, before anything is loaded
+        # What is wrong, before anything is loaded.
+        planned = DistillConfig.preset(method, synthetic=True, side=64, recipe=recipe, **changes)
         own = ranks.join(cpu=device == "cpu")
         try:
-            pipe, dataset = _open(teacher, data, out, device, own, ranks, output, allow_pickle, count, sizes, skip_bad)
-            config = DistillConfig.preset(
-                method, synthetic=dataset.seeds is not None, side=min(dataset.shapes[0][-2:]), recipe=recipe, **changes
-            )
-            _train(pipe, dataset, config, out, ranks, output, resume=resume, dry_run=dry_run)
+            with TemporaryDirectory() as trial:
+                pipe, dataset = _open(
+                    teacher, data, Path(trial) if dry_run else out / "data", device, own, Ranks() if dry_run else ranks, output,
+                    allow_pickle, planned.batch_size if dry_run else count, sizes, skip_bad,
+                )  # fmt: skip
+                config = DistillConfig.preset(
+                    method, synthetic=dataset.seeds is not None, side=min(dataset.shapes[0][-2:]), recipe=recipe, **changes
+                )
+                items = None if dataset.folder == Path(trial) else len(dataset)
+                _train(pipe, dataset, config, out, ranks, output, items=items, resume=resume, dry_run=dry_run)
         finally:
             ranks.leave()
 
 
 def _open(
-    teacher: str, data: str, out: Path, device: str, own: str | None, ranks: Ranks, output: Output, allow_pickle: bool,
+    teacher: str, data: str, cache: Path, device: str, own: str | None, ranks: Ranks, output: Output, allow_pickle: bool,
     count: int | None, sizes: str | None, skip_bad: bool,
 ) -> tuple[GuidedPipeline, LatentDataset]:  # fmt: skip
-    """The teacher on its device, and the data, encoded if they are images."""
+    """The teacher on its device, and the data, encoded into `cache` if they are images."""
     from genkit.cli.common import resolve_device
     from genkit.console import progress
     from genkit.distill.data import open_data
@@ -177,7 +187,7 @@ def _open(
             bar.update(task, advance=images, visible=True)
 
         dataset = open_data(
-            data, pipe.denoiser, cache=out / "data", count=count, sizes=shapes, skip_bad=skip_bad, ranks=ranks, progress=advance
+            data, pipe.denoiser, cache=cache, count=count, sizes=shapes, skip_bad=skip_bad, ranks=ranks, progress=advance
         )
     if dataset.skipped:
         output.note(f"Left out {len(dataset.skipped)} unreadable files, the first {dataset.skipped[0]!r}.")
@@ -186,7 +196,7 @@ def _open(
 
 def _train(
     pipe: GuidedPipeline, data: LatentDataset, config: DistillConfig, out: Path, ranks: Ranks, output: Output, *,
-    resume: str | None, dry_run: bool,
+    items: int | None, resume: str | None, dry_run: bool,
 ) -> None:  # fmt: skip
     from genkit.distill.trainer import DistillTrainer
 
@@ -194,10 +204,11 @@ def _train(
     trained = sum(p.numel() for p in trainer.student.trained())
     heads = sum(p.numel() for p in trainer.discriminator.parameters())
     plan = {
-        "folder": str(out), "items": len(data), "trained_parameters": trained, "head_parameters": heads,
+        "folder": str(out), "processes": ranks.world, "items": items, "trained_parameters": trained, "head_parameters": heads,
         "taps": trainer.discriminator.source.names, "config": config.to_json(),
     }  # fmt: skip
-    what = f"{config.teacher} by {config.method.upper()} into {out}: {trained:,} parameters, {len(data):,} items"
+    shown = "images that are encoded first" if items is None else f"{items:,} items"
+    what = f"{config.teacher} by {config.method.upper()} into {out}: {trained:,} parameters, {shown}"
     if dry_run:
         output.result(plan, f"Would distil {what}, {config.steps:,} rounds of {config.batch_size}.")
         return

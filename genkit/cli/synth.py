@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,17 +29,23 @@ def synth(
     count: Annotated[
         int | None, option(_WHAT, "Items; prompts and labels repeat as needed.", min=1, show_default="one for each prompt or label")
     ] = None,
-    guidance: Annotated[float, option(_HOW, "Classifier-free guidance, which the student will have built in; 1 is off.")] = 3.0,
-    steps: Annotated[int, option(_HOW, "Sampling steps.", min=1)] = 50,
+    recipe: Annotated[Path | None, option(_HOW, "TOML file with settings; options on the command line win.")] = None,
+    guidance: Annotated[
+        float | None, option(_HOW, "Classifier-free guidance, which the student will have built in; 1 is off.", show_default="3")
+    ] = None,
+    steps: Annotated[int | None, option(_HOW, "Sampling steps.", min=1, show_default="50")] = None,
     sampler: Annotated[str | None, option(_HOW, "dpm++, unipc, ddim, euler, euler-a, ...", show_default="the model's own")] = None,
-    eta: Annotated[float, option(_HOW, "Noise of DDIM-like samplers, 0 to 1.")] = 0.0,
+    eta: Annotated[float | None, option(_HOW, "Noise of DDIM-like samplers, 0 to 1.", show_default="0")] = None,
     size: Annotated[str | None, option(_HOW, "WIDTHxHEIGHT in pixels.", show_default="the model's own")] = None,
-    seed: Annotated[int, option(_HOW, "Another seed gives other items.")] = 0,
+    seed: Annotated[int | None, option(_HOW, "Another seed gives other items.", show_default="0")] = None,
     embeds: Annotated[
-        bool, option(_WHERE, "Also store the encoded prompts, so that training needs no text encoder.", "--embeds")
-    ] = False,
-    storage: Annotated[str, option(_WHERE, "Numbers on the disk: float16 or float32.")] = "float16",
-    shard_size: Annotated[int, option(_WHERE, "Items in a file; an interruption costs at most one file.", min=1)] = 200,
+        bool | None,
+        option(_WHERE, "Also store the encoded prompts, so that training needs no text encoder.", "--embeds", show_default="off"),
+    ] = None,
+    storage: Annotated[str | None, option(_WHERE, "Numbers on the disk: float16 or float32.", show_default="float16")] = None,
+    shard_size: Annotated[
+        int | None, option(_WHERE, "Items in a file; an interruption costs at most one file.", min=1, show_default="200")
+    ] = None,
     resume: Annotated[bool, option(_WHERE, "Make what is missing of the data in --out.", "--resume")] = False,
     dry_run: Annotated[bool, option(_WHERE, "Say what would be done, and stop.", "--dry-run")] = False,
     batch: Annotated[int, option(_MACHINE, "Items at a time; it changes none by more than rounding.", min=1)] = 16,
@@ -80,23 +87,24 @@ def synth(
             raise ValueError("Nothing says what to draw. Give --prompts FILE, --prompt, --captions digits or --labels; or --count "
                              "for an unconditional model.")  # fmt: skip
         width, height = (None, None) if size is None else parse_size(size)
-        settings: dict[str, Any] = {
-            "guidance_scale": guidance, "steps": steps, "sampler": sampler, "eta": eta, "height": height, "width": width,
-            "seed": seed, "storage": storage, "embeds": embeds, "shard_size": shard_size,
-        }  # fmt: skip
-        plan: dict[str, Any] = {
-            "teacher": teacher, "count": items, "prompts": None if texts is None else len(set(texts)),
-            "labels": None if classes is None else len(set(classes)), "folder": str(out), **settings,
-        }  # fmt: skip
+        if recipe is not None and not recipe.is_file():
+            raise FileNotFoundError(f"There is no recipe {str(recipe)!r}.")
         from genkit.distill import SynthConfig
 
-        config = SynthConfig(**settings)
+        config = SynthConfig.preset(
+            recipe, guidance_scale=guidance, steps=steps, sampler=sampler, eta=eta, height=height, width=width, seed=seed,
+            storage=storage, embeds=embeds, shard_size=shard_size,
+        )  # fmt: skip
+        plan: dict[str, Any] = {
+            "teacher": teacher, "count": items, "prompts": None if texts is None else len(set(texts)),
+            "labels": None if classes is None else len(set(classes)), "folder": str(out), **dataclasses.asdict(config),
+        }  # fmt: skip
         ranks = Ranks.from_environment()
         if not ranks.leads:
             output.mute()
         if dry_run:
-            shards = -(-items // shard_size)
-            output.result(plan, f"Would sample {items:,} items of {teacher} in {steps} steps into {out} ({shards} shards).")
+            shards = -(-items // config.shard_size)
+            output.result(plan, f"Would sample {items:,} items of {teacher} in {config.steps} steps into {out} ({shards} shards).")
             return
         with resumable(output, plan, ranks):
             made = _synthesize(

@@ -137,9 +137,11 @@ def train(
 
 
 def _train(name: str, folder: Path, **arguments: Any) -> None:
-    from genkit.zoo.training import autoencoder, classifier, digits, discriminator, noisy_classifier
+    from genkit.zoo.training import autoencoder, classifier, digits, discriminator, noisy_classifier, turbo
 
-    if name == "digits-noisy-classifier":
+    if name == "digits-turbo":
+        turbo.train(folder, **arguments)
+    elif name == "digits-noisy-classifier":
         noisy_classifier.train(folder, **arguments)
     elif name == "digits-discriminator":
         discriminator.train(folder, **arguments)

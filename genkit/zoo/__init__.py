@@ -20,6 +20,7 @@ TRAINABLE = {
     "digits-classifier": "classifier of digit, ink and paper; the one that guides",
     "digits-noisy-classifier": "classifier of noisy latents of `digits`: digit, ink and paper at every noise level",
     "digits-discriminator": "tells noisy real latents from those of samples of `digits`; it corrects them (10 and 30 steps)",
+    "digits-turbo": "few-step student of `digits`, 1 to 4 steps without classifier-free guidance",
     "digits-judge": "independent classifier of digit, ink and paper; only ever measures",
 }
 

@@ -174,8 +174,11 @@ def measure(name: str, count: int = 1000) -> dict[str, dict[str, float]]:
         return noisy_classifier(count)
     if name == "digits-discriminator":
         return discriminator(count)
+    if name == "digits-turbo":
+        pipe = GuidedPipeline.from_pretrained(name)
+        return {f"{n} step{'s' * (n > 1)}, no CFG": against_held_out(pipe, count, num_inference_steps=n) for n in (1, 2, 4)}
     if name != "digits":
-        measured = "digits, digits-classifier, digits-judge, digits-noisy-classifier, digits-discriminator"
+        measured = "digits, digits-classifier, digits-judge, digits-noisy-classifier, digits-discriminator, digits-turbo"
         raise ValueError(f"There is no measurement of {name!r}. Measured: {measured}.")
     pipe = GuidedPipeline.from_pretrained(name)
     guide = load_classifier("digits-classifier")

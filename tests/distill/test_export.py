@@ -306,3 +306,12 @@ def test_folders_that_are_no_student(tiny_folder: Path, tmp_path: Path) -> None:
     spec_of("pixart_sigma").save(tmp_path)
     with pytest.raises(ValueError, match="PixArtSigmaPipeline of diffusers loads no LoRA"):
         load_distilled(tmp_path, teacher=pixart)
+
+
+def test_names_no_folder_of_this_machine_and_loads_in_one_dtype(tmp_path: Path) -> None:
+    tiny.pipeline("stable_diffusion").save_pretrained(tmp_path / "teacher")
+    teacher = DiffusionPipeline.from_pretrained(tmp_path / "teacher")
+    export_pipeline(teacher, teacher.unet, spec_of("stable_diffusion"), tmp_path / "out", dtype=torch.float16)
+    assert not [file for file in (tmp_path / "out").rglob("*.json") if str(tmp_path) in file.read_text()]
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}

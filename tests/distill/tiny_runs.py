@@ -75,7 +75,7 @@ def settings(**changes: Any) -> DistillConfig:
     return DistillConfig(**{**quick, **changes})
 
 
-def trainer_of(folder: Path, family: str = "stable_diffusion", *, count: int = 16, **changes: Any) -> DistillTrainer:
+def trainer_of(folder: Path, family: str = "sd3", *, count: int = 16, **changes: Any) -> DistillTrainer:
     """A trainer of a tiny teacher, on data in `folder`/data, into `folder`/run; `changes` of the settings."""
     denoiser = denoiser_of(family)
     return DistillTrainer(denoiser, data_of(denoiser, folder / "data", count), settings(**changes), folder / "run")

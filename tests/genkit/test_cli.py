@@ -118,7 +118,7 @@ class TestZoo:
         assert "genkit zoo train" in run("zoo", "list").stdout
 
     def test_train_calls_the_script(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from genkit.zoo.training import autoencoder, classifier, digits, discriminator, noisy_classifier
+        from genkit.zoo.training import autoencoder, classifier, digits, discriminator, noisy_classifier, turbo
 
         calls = []
         monkeypatch.setattr(digits, "train", lambda *a, **k: calls.append(("digits", a, k)))
@@ -126,6 +126,7 @@ class TestZoo:
         monkeypatch.setattr(classifier, "train", lambda *a, **k: calls.append(("classifier", a, k)))
         monkeypatch.setattr(noisy_classifier, "train", lambda *a, **k: calls.append(("noisy_classifier", a, k)))
         monkeypatch.setattr(discriminator, "train", lambda *a, **k: calls.append(("discriminator", a, k)))
+        monkeypatch.setattr(turbo, "train", lambda *a, **k: calls.append(("turbo", a, k)))
         for name in zoo.TRAINABLE:
             assert run("zoo", "train", name, "--out", tmp_path / name, "--steps", 3, "--resume", "--device", "cpu").exit_code == 0
         arguments = {"steps": 3, "resume": True, "device": "cpu"}
@@ -135,6 +136,7 @@ class TestZoo:
             ("classifier", ("digits-classifier", tmp_path / "digits-classifier"), arguments),
             ("noisy_classifier", (tmp_path / "digits-noisy-classifier",), arguments),
             ("discriminator", (tmp_path / "digits-discriminator",), arguments),
+            ("turbo", (tmp_path / "digits-turbo",), arguments),
             ("classifier", ("digits-judge", tmp_path / "digits-judge"), arguments),
         ]
 

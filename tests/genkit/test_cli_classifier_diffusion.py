@@ -224,3 +224,10 @@ def test_two_processes_share_the_pictures(data: Path, tmp_path: Path) -> None:
     logs = [[json.loads(row) for row in (tmp_path / "training" / f"log{r}.jsonl").read_text().splitlines()] for r in ("", 1)]
     assert [row.get("validation") for row in logs[0]] == [row.get("validation") for row in logs[1]]
     StableDiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_training_times_of_choice(data: Path, tmp_path: Path) -> None:
+    chosen = ("--times", "logit-normal:0.3,0.8", "--json")
+    document = json.loads(train("--data", data, "--out", tmp_path / "a", *QUICK, *chosen).stdout)
+    assert document["training"]["times"] == "logit-normal:0.3,0.8"
+    assert "Unknown noise distribution 'cosine'" in train("--data", data, "--out", tmp_path, "--times", "cosine", code=2).stderr

@@ -151,3 +151,37 @@ def test_two_processes_make_what_one_makes(tiny_folder: Path, tmp_path: Path) ->
     assert torch.allclose(one.latents(range(10)), two.latents(range(10)), atol=1e-5)
     assert one.seeds == two.seeds
     assert one.record == two.record
+
+
+def test_a_recipe_and_what_wins_over_it(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[synth]\nguidance_scale = 2.5\nsteps = 7\nsampler = "ddim"\nembeds = true\nshard_size = 3\n')
+    line = ["--teacher", tiny_folder, "--prompt", "a seven", "--out", tmp_path / "d", "--dry-run", "--json"]
+    plan = json.loads(genkit(*line, "--recipe", recipe, "--steps", 9).stdout)
+    assert plan["steps"] == 9
+    assert plan["guidance_scale"] == 2.5
+    assert plan["sampler"] == "ddim"
+    assert plan["embeds"]
+    assert plan["shard_size"] == 3
+    assert plan["storage"] == "float16"
+    plain = json.loads(genkit(*line).stdout)
+    assert plain["steps"] == 50
+    assert plain["guidance_scale"] == 3.0
+    assert not plain["embeds"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[synth]\nguidance = 2\n", "Unknown setting of samples 'guidance'. Did you mean 'guidance_scale'?"),
+        ('[synth]\nsteps = "many"\n', "A setting has a value of another type"),
+        ("[synth]\nsteps = 0\n", "steps=0 must be at least 1."),
+        ("synth = {\n", "is no TOML"),
+    ],
+)
+def test_recipes_that_cannot_be_used(content: str, message: str, tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(content)
+    line = ["--teacher", tiny_folder, "--prompt", "a seven", "--out", tmp_path / "d"]
+    assert message in " ".join(genkit(*line, "--recipe", recipe, code=2).stderr.split())
+    assert "There is no recipe" in genkit(*line, "--recipe", tmp_path / "none.toml", code=2).stderr

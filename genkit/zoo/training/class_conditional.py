@@ -24,6 +24,7 @@ from genkit import zoo
 from genkit.checkpoints import check_folder
 from genkit.console import progress
 from genkit.data.source import ImageSource
+from genkit.distill.samplers import NoiseSampler
 from genkit.files import prepare_folder, write_atomic
 from genkit.latents import LatentCodec
 from genkit.ranks import Ranks
@@ -46,8 +47,8 @@ class ClassConditionalConfig:
         size: side of the square pictures in pixels; by default what the VAE was trained on.
         block_out_channels, layers_per_block: of the U-Net, see `TextToLatent`.
         label_dropout: share of the labels that are replaced by the null prompt "" (0.1: Ho & Salimans 2022, arXiv 2207.12598).
-        logit_normal: mean and standard deviation of the logit of the training times in 0 to 1; None draws them uniformly. Middle
-            times, where classes differ most, learn faster with (0.3, 0.8).
+        times: distribution of the training times, see `NoiseSampler.parse`. "logit-normal:0.3,0.8" dwells where classes differ most
+            (Esser et al. 2024, arXiv 2403.03206, sec. 3.1).
         held_out: share of each class that validates, where there are no validation pictures of their own.
         train: the training loop.
 
@@ -60,7 +61,7 @@ class ClassConditionalConfig:
     block_out_channels: tuple[int, ...] = (64, 128)
     layers_per_block: int = 1
     label_dropout: float = 0.1
-    logit_normal: tuple[float, float] | None = None
+    times: str = "uniform"
     held_out: float = 0.1
     train: TrainConfig = TRAIN
 
@@ -69,8 +70,7 @@ class ClassConditionalConfig:
             raise ValueError(f"block_out_channels={self.block_out_channels} must be positive multiples of 16, at least one.")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout={self.label_dropout} must be at least 0 and below 1.")
-        if self.logit_normal is not None and not self.logit_normal[1] > 0:
-            raise ValueError(f"logit_normal={self.logit_normal}: the standard deviation must be positive.")
+        NoiseSampler.parse(self.times)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out={self.held_out} must be between 0 and 1.")
 
@@ -131,19 +131,21 @@ def train_class_conditional(
         layers_per_block=config.layers_per_block,
     )  # fmt: skip
     vocabulary = tokenize(tokenizer, ["", *classes])
+    times = None if config.times == "uniform" else NoiseSampler.parse(config.times)
     index = torch.tensor([1 + classes.index(name) for name in names])
 
     def loss(model: nn.Module, generator: torch.Generator, step: int) -> Tensor:
         chosen = torch.randint(len(latents), (config.train.batch_size,), generator=generator)
         kept = torch.rand(len(chosen), generator=generator) >= config.label_dropout
-        return velocity_loss(model, latents[chosen], vocabulary[index[chosen] * kept], generator, device, config.logit_normal)
+        tokens = vocabulary[index[chosen] * kept]
+        return velocity_loss(model, latents[chosen], tokens, generator, device, times)
 
     def validate(model: nn.Module) -> dict[str, float]:
         """The loss of the true classes at fixed times and noises."""
         generator = torch.Generator().manual_seed(config.train.seed)
         z, tokens = val_latents.repeat(VALIDATION_DRAWS, 1, 1, 1), val_tokens.repeat(VALIDATION_DRAWS, 1)
         order = torch.randperm(len(z), generator=generator)
-        parts = [(len(p), velocity_loss(model, z[p], tokens[p], generator, device, config.logit_normal).item()) for p in order.split(256)]
+        parts = [(len(p), velocity_loss(model, z[p], tokens[p], generator, device, times).item()) for p in order.split(256)]
         return {"loss": sum(count * value for count, value in parts) / len(z)}
 
     ema = fit(
@@ -252,6 +254,7 @@ def _require_same_run(
     settings = {
         "classes": classes, "pictures": len(source), "vae": config.vae, "size": size, "seed": config.train.seed,
         "block_out_channels": list(config.block_out_channels), "layers_per_block": config.layers_per_block,
+        "times": config.times,
     }  # fmt: skip
     file = work / "settings.json"
     if file.exists():
@@ -291,6 +294,6 @@ def _card(
         "data": source.name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "vae": config.vae,
-        "training": {**dataclasses.asdict(config.train), "label_dropout": config.label_dropout, "logit_normal": config.logit_normal},
+        "training": {**dataclasses.asdict(config.train), "label_dropout": config.label_dropout, "times": config.times},
         "kept": {"step": best["step"], "validation_loss": best["validation"]["loss"]},
     }

@@ -17,6 +17,8 @@ from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, StableDiff
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from genkit.distill.samplers import NoiseSampler
+
 
 class TextToLatent(nn.Module):
     """The two networks that are trained together.
@@ -105,19 +107,18 @@ def velocity_loss(
     tokens: Tensor,
     generator: torch.Generator,
     device: str,
-    logit_normal: tuple[float, float] | None = None,
+    times: NoiseSampler | None = None,
 ) -> Tensor:
     """The loss (a scalar) of clean latents z (B, C, h, w) and tokens (B, L), both on the CPU, at random times and noise.
 
-    Times are uniform, or logit-normal with a mean and a standard deviation (Esser et al. 2024, arXiv 2403.03206, sec. 3.1).
+    Times are uniform, or drawn from a distribution of their fraction of the whole.
     """
     alphas_cumprod = _alphas_cumprod()
     eps = torch.randn(z.shape, generator=generator)
     # One time in each of B equal strata: the loss varies less from step to step than with independent times.
     u = (torch.arange(len(z)) + torch.rand(len(z), generator=generator)) / len(z)
-    if logit_normal is not None:
-        mean, std = logit_normal
-        u = torch.sigmoid(mean + std * torch.special.ndtri(u.double())).float()
+    if times is not None:
+        u = times.draw(len(z), generator)
     t = (u * len(alphas_cumprod)).long().clamp(max=len(alphas_cumprod) - 1)
     alpha, sigma = alphas_cumprod[t].sqrt().view(-1, 1, 1, 1), (1 - alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
     x = (alpha * z + sigma * eps).to(device)
