@@ -2,16 +2,18 @@
 
     python benchmarks/distill_rounds.py [--rounds 5] [--only TEXT] [--out benchmarks/results/distill_rounds.json]
 
-    fused              genkit's round: one pass of student and teacher for both updates
-    separate           genkit's round of two passes
-    public             the structure of the public trainers of LADD, with their heads (StyleGAN-T's)
-    public, our heads  the same with genkit's heads, so that all networks are the same
-    public, encoded    the latter on latents and embeddings that are ready
+    fused                  genkit's round: one pass of student and teacher for both updates
+    fused, R1              the same with R1, which is genkit's default
+    fused, checkpointed    the same without R1, with activations computed again in the backward pass
+    separate               genkit's round of two passes
+    public                 the structure of the public trainers of LADD, with their heads (StyleGAN-T's)
+    public, our heads      the same with genkit's heads, so that all networks are the same
+    public, encoded        the latter on latents and embeddings that are ready
 
 The public structure: each phase draws a batch of its own, encodes its pictures and prompts, and runs the student; real, generated
 and mismatched samples each take a pass through the whole teacher; the student's loss leaves gradients in the heads, which are
 dropped. Optimizers, losses, taps, levels and batch sizes are the same everywhere, without R1, which those trainers do not use.
-("fused, R1" is the default of genkit.) It is a model of their structure, not a run of their code.
+It is a model of their structure, not a run of their code.
 
 All variants are timed in turn within each round (CPU time on a CPU, so that other processes do not count; medians). Memory is the
 peak of what is allocated: weights, the student's average, optimizer states, text encoder and VAE (which genkit's trainer holds too,
@@ -192,15 +194,22 @@ def variants(pipe: Any, batch: int, width: int, folder: Path) -> dict[str, Round
     common = CONFIG | {"batch_size": batch, "head_width": width}
 
     def ours(name: str, **changes: Any) -> OurRound:
-        return OurRound(denoiser, data, DistillConfig(**common | changes), folder / name)
+        # A teacher of its own where blocks are switched to checkpointing, which the others must not share.
+        teacher = Denoiser.of(copy.deepcopy(pipe)) if changes.get("gradient_checkpointing") else denoiser
+        return OurRound(teacher, data, DistillConfig(**common | changes), folder / name)
 
     def public(head: str, encoded: bool = False) -> PublicRound:
         return PublicRound(denoiser, pictures, captions, DistillConfig(**common), head, encoded)
 
     return {
-        "fused": ours("fused"), "fused, R1": ours("fused_r1", r1=1e-5), "separate": ours("separate", fused=False),
-        "public": public("stylegan-t"), "public, our heads": public("conv2d"), "public, encoded": public("conv2d", encoded=True),
-    }  # fmt: skip
+        "fused": ours("fused"),
+        "fused, R1": ours("fused_r1", r1=1e-5),
+        "fused, checkpointed": ours("checkpointed", gradient_checkpointing=True),
+        "separate": ours("separate", fused=False),
+        "public": public("stylegan-t"),
+        "public, our heads": public("conv2d"),
+        "public, encoded": public("conv2d", encoded=True),
+    }
 
 
 def middle_sized() -> Any:

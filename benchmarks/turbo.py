@@ -77,7 +77,7 @@ def fingerprint(model: str) -> str:
     folder = zoo.path(model) if model in zoo.names() else Path(model)
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
-        if file.suffix in (".safetensors", ".json"):
+        if file.suffix in (".safetensors", ".json") and file.name != "card.json":
             digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -33,7 +33,7 @@ class DistillConfig:
             at global structure, a smaller one at texture; the paper's is 1, and 0 suits latents below 64 x 64.
         same_noise_level: real and fake samples get the same level, each its own noise.
         taps: where the teacher is read: "quarter" (one tap a quarter of its depth), "all", or names.
-        head, head_width: "conv2d" or "stylegan-t"; width of the convolutional head.
+        head, head_width: "conv2d", "mlp" (for vectors) or "stylegan-t", see `genkit.distill.heads`; width of the first two.
         spectral_norm: of the heads' layers.
         disc_condition: what heads are told besides the time: any of "text" (or class) and "image" (of the student's input; ADD).
         mismatched: real samples with the conditions of others are fakes too; has an effect on conditional teachers only.
@@ -122,7 +122,7 @@ class DistillConfig:
         if self.method not in METHODS:
             raise unknown("method", self.method, METHODS)
         for name, known in (
-            ("gan", ("hinge", "softplus", "lsgan")), ("head", ("conv2d", "stylegan-t")),
+            ("gan", ("hinge", "softplus", "lsgan")), ("head", ("conv2d", "mlp", "stylegan-t")),
             ("distillation_weight", ("alpha", "sds", "const")), ("distillation_space", ("latent", "pixel")),
             ("mixed_precision", ("no", "bf16")), ("task", ("generate", "inpaint")), ("lr_scheduler", SCHEDULES),
         ):  # fmt: skip

@@ -8,13 +8,15 @@ new heads and with their graph, to train the student.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from genkit.denoisers import Cond
-from genkit.distill.heads import HEADS, ConvHead, StyleGANTHead
+from genkit.distill.heads import HEADS
 from genkit.distill.sources import FeatureSource
 from genkit.errors import unknown
 
@@ -27,10 +29,11 @@ class FeatureDiscriminator(nn.Module):
     Args:
         source: of the features.
         cond_dim: D of the condition's vectors, see `genkit.distill.networks.condition_vector`; 0 leaves the prompt out.
-        head: "conv2d" or "stylegan-t", see `genkit.distill.heads`.
+        head: "conv2d", "mlp" or "stylegan-t", see `genkit.distill.heads`.
         image_dim: D of the vectors of the real pictures that the student started from, `PixelEncoder.embed`; 0 has none.
         time: whether heads know the noise level; by default where features are those of noised samples.
-        width, depth, spectral: of `ConvHead`; the StyleGAN-T head has its own.
+        width, spectral: of the heads; the StyleGAN-T head has its own.
+        depth: of `ConvHead`.
 
     Raises:
         ValueError: an unknown head.
@@ -59,12 +62,12 @@ class FeatureDiscriminator(nn.Module):
         self.source, self.cond_dim, self.image_dim = source, cond_dim, image_dim
         self.time = source.noisy if time is None else time
         total = cond_dim + image_dim + TIME_DIM * self.time
-        self.heads = nn.ModuleList(
-            ConvHead(channels, total, width=width, depth=depth, spectral=spectral)
-            if head == "conv2d"
-            else StyleGANTHead(channels, total)
-            for channels in source.channels
-        )
+        options: dict[str, dict[str, Any]] = {
+            "conv2d": {"width": width, "depth": depth, "spectral": spectral},
+            "mlp": {"width": width, "spectral": spectral},
+            "stylegan-t": {},
+        }
+        self.heads = nn.ModuleList(HEADS[head](channels, total, **options[head]) for channels in source.channels)
 
     def extract(self, x0: Tensor, cond: Cond | None, u: Tensor, eps: Tensor, perturbation: Tensor | float = 0.0) -> list[Tensor]:
         """Features (B, C, h, w) of each tap; see `FeatureSource`. Gradients flow to x0 where they are on."""

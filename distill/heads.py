@@ -2,6 +2,7 @@
 
     conv2d       a 1x1 bottleneck to a few channels, then residual 3x3 convolutions with group normalisation, modulated by the
                  condition (FiLM: Perez et al. 2017, arXiv 1709.07871). Any aspect, any width of features.
+    mlp          three layers at each position on its own, the condition beside the features; for vectors, whose maps are 1 x 1
     stylegan-t   the head of StyleGAN-T (Sauer et al. 2023, arXiv 2301.09515), which ADD has: dense convolutions of
                  9 tokens in a row. They have 9 C^2 weights and filter along rows only; here for comparison.
 
@@ -79,6 +80,29 @@ class _Block(nn.Module):
         return h + self.conv(nn.functional.silu(inside))
 
 
+class MLPHead(nn.Module):
+    """A multilayer perceptron at each position, for features that are vectors: there is nothing for a convolution to look at.
+
+    Args:
+        channels: C of the features.
+        cond_dim: D of the condition, appended to the features; 0 has none.
+        width: of the two hidden layers.
+        spectral: spectral normalisation of every layer.
+    """
+
+    def __init__(self, channels: int, cond_dim: int, *, width: int = 256, spectral: bool = True) -> None:
+        super().__init__()
+        layers = [nn.Linear(channels + cond_dim, width), nn.Linear(width, width), nn.Linear(width, 1)]
+        first, second, third = (spectral_norm(layer) if spectral else layer for layer in layers)
+        self.layers = nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2), third)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Logits (B, h w) of maps x (B, C, h, w) and conditions (B, D)."""
+        tokens = x.flatten(2).transpose(1, 2)
+        conds = cond[:, None].expand(-1, tokens.shape[1], -1)
+        return self.layers(torch.cat([tokens, conds], 2)).squeeze(2)
+
+
 class StyleGANTHead(nn.Module):
     """The head of StyleGAN-T, with a plain linear layer for the condition, as the public ports of LADD have it.
 
@@ -133,4 +157,4 @@ class LocalBatchNorm(nn.Module):
         return torch.cat(normed) * self.weight + self.bias
 
 
-HEADS = {"conv2d": ConvHead, "stylegan-t": StyleGANTHead}
+HEADS = {"conv2d": ConvHead, "mlp": MLPHead, "stylegan-t": StyleGANTHead}

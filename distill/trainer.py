@@ -120,7 +120,8 @@ class DistillTrainer:
         self.wrapped_student, self.student_optimizer = self.accelerator.prepare(self.student, optimizers[0])
         # Heads have a backward pass each, which DDP does not count as one; `_discriminator_phase` reduces.
         self.heads_optimizer = self.accelerator.prepare(optimizers[1])
-        self.ema = EMAModel(list(self.student.trained()), decay=config.ema, foreach=True)
+        # One weight at a time: all at once would need another 4 bytes a parameter beside the gradients.
+        self.ema = EMAModel(list(self.student.trained()), decay=config.ema, foreach=False)
         self.rounds = Rounds(self.teacher, self.wrapped_student, self.discriminator, config)
 
     def fit(self, resume: str | Path | None = None) -> None:

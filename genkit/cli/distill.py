@@ -49,8 +49,8 @@ def distill(
         option(_DISC, "logit-normal:M,S, uniform, shifted:K or atan-lognormal:M,S.", show_default="logit-normal:1,1; 0,1 if small"),
     ] = None,
     taps: Annotated[str | None, option(_DISC, "quarter, all, or names with commas.", show_default="quarter")] = None,
-    head: Annotated[str | None, option(_DISC, "conv2d or stylegan-t.", show_default="conv2d")] = None,
-    head_width: Annotated[int | None, option(_DISC, "Channels of the convolutional head.", min=1, show_default="256")] = None,
+    head: Annotated[str | None, option(_DISC, "conv2d, mlp or stylegan-t.", show_default="conv2d")] = None,
+    head_width: Annotated[int | None, option(_DISC, "Channels inside a conv2d or mlp head.", min=1, show_default="256")] = None,
     encoder: Annotated[
         str | None, option(_DISC, "Of add: a timm ViT, or an embedded classifier.", show_default="vit_small_patch14_dinov2")
     ] = None,

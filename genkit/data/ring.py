@@ -42,6 +42,7 @@ def mmd2(x: Tensor, y: Tensor) -> float:
     """
     if min(len(x), len(y)) < 2:
         raise ValueError(f"{len(x)} and {len(y)} samples cannot be compared. Draw at least two of each.")
+
     def mean(a: Tensor, b: Tensor) -> float:
         """E sum_h k_h(a, b); a sample is not compared with itself."""
         squares, same = torch.cdist(a, b).square(), a is b

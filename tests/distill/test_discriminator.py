@@ -388,7 +388,7 @@ def test_only_the_heads_are_trained_and_saved(sd):
     assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
 
 
-@pytest.mark.parametrize("head", ["conv2d", "stylegan-t"])
+@pytest.mark.parametrize("head", ["conv2d", "mlp", "stylegan-t"])
 def test_heads_are_told_prompt_level_and_picture(sd, head):
     denoiser, x0, eps, cond = sd
     discriminator = FeatureDiscriminator(TeacherTaps(denoiser, ["mid"]), 6, head=head, image_dim=4).eval()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from genkit.distill.heads import HEADS, ConvHead, StyleGANTHead
+from genkit.distill.heads import HEADS, ConvHead, MLPHead, StyleGANTHead
 
 
 def size(head: nn.Module) -> int:
@@ -73,6 +73,12 @@ def test_the_condition_matters(kind, maps, cond):
     assert not torch.allclose(head(maps, cond), head(maps, cond.roll(1, 0)), atol=1e-3)
 
 
+def test_the_mlp_head_sees_a_position_on_its_own(maps, cond):
+    head = build("mlp", 16, 5).eval()
+    everywhere = head(maps, cond)
+    torch.testing.assert_close(everywhere[:, 2 * 6 + 3], head(maps[:, :, 2:3, 3:4], cond)[:, 0])
+
+
 def test_the_default_head_sees_where_things_are(maps, cond):
     """Position i of the logits looks at the 3 x 3 positions around it, not along the raster."""
     head = build("conv2d", 16, 5).eval()
@@ -127,11 +133,12 @@ def steepest(weight: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("spectral", [True, False])
-def test_spectral_normalisation_bounds_every_layer(spectral, maps, cond):
+@pytest.mark.parametrize(("kind", "count"), [(ConvHead, 5), (MLPHead, 3)])
+def test_spectral_normalisation_bounds_every_layer(kind, count, spectral, maps, cond):
     torch.manual_seed(0)
-    head = ConvHead(16, 5, width=8, spectral=spectral)
+    head = kind(16, 5, width=8, spectral=spectral)
     layers = [m for m in head.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    assert len(layers) == 5
+    assert len(layers) == count
     with torch.no_grad():
         for layer in layers:
             original = layer.parametrizations.weight.original if spectral else layer.weight
