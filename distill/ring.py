@@ -160,8 +160,8 @@ def ring_config(**changes: Any) -> DistillConfig:
     """
     settings: dict[str, Any] = {
         "teacher": "ring", "levels": (1.0,), "taps": tuple(f"blocks.{k}" for k in range(4)), "head": "mlp", "head_width": 96,
-        "disc_noise": "logit-normal:-1,1", "r1": 0.0, "lr": 5e-4, "disc_lr": 1e-3, "lr_scheduler": "cosine", "grad_clip": 0.0,
-        "ema": 0.99, "steps": 1200, "batch_size": 256, "log_every": 50, "checkpoint_every": 0, "preview_every": 0,
+        "disc_noise": "logit-normal:-1,1", "r1": 0.0, "lr": 2e-4, "disc_lr": 1e-3, "grad_clip": 0.0, "ema": 0.99, "steps": 1200,
+        "batch_size": 256, "log_every": 50, "checkpoint_every": 0, "preview_every": 0,
     }  # fmt: skip
     return DistillConfig(**settings | changes)
 
