@@ -38,10 +38,11 @@ def mmd2(x: Tensor, y: Tensor) -> float:
     """Squared maximum mean discrepancy of samples (N, 2) and (M, 2), without bias: of equal distributions it is about 0, +- 1/N.
 
     Raises:
-        ValueError: fewer than two samples.
+        ValueError: fewer than two samples, or no points of the plane.
     """
-    if min(len(x), len(y)) < 2:
-        raise ValueError(f"{len(x)} and {len(y)} samples cannot be compared. Draw at least two of each.")
+    for values in (x, y):
+        if values.ndim != 2 or values.shape[1] != 2 or len(values) < 2:
+            raise ValueError(f"Samples of shape {tuple(values.shape)} cannot be compared. Give points (N, 2), two or more.")
 
     def mean(a: Tensor, b: Tensor) -> float:
         """E sum_h k_h(a, b); a sample is not compared with itself."""
@@ -60,17 +61,17 @@ def ring_metrics(x: Tensor, reference: Tensor) -> dict[str, float]:
 
     Returns:
         "mmd": 1,000 MMD^2; "hq": share of samples within three standard deviations of a mode; "min_mode": the smallest share of
-        one mode in all samples, those within; "std": their standard deviation about their mode, a coordinate (NaN of none).
+        one mode in all samples, those within; "std": the standard deviation of a coordinate about the mode, of those within, if
+        there are any.
 
     Raises:
-        ValueError: fewer than two samples.
+        ValueError: as `mmd2`.
     """
+    mmd = mmd2(x, reference)
     distance, mode = torch.cdist(x.double(), centres().double()).min(1)
     near = distance <= WITHIN * STD
     shares = torch.bincount(mode[near], minlength=MODES) / len(x)
-    return {
-        "mmd": 1000 * mmd2(x, reference),
-        "hq": near.double().mean().item(),
-        "min_mode": shares.min().item(),
-        "std": (distance[near].square().mean() / 2).sqrt().item(),
-    }
+    metrics = {"mmd": 1000 * mmd, "hq": near.double().mean().item(), "min_mode": shares.min().item()}
+    if near.any():
+        metrics["std"] = (distance[near].square().mean() / 2).sqrt().item()
+    return metrics
