@@ -39,6 +39,7 @@ from genkit.distill.path import renoise
 from genkit.distill.shards import ENCODED, Part, fill
 from genkit.distill.trained import TrainedRun
 from genkit.levels import Level
+from genkit.noise import mix
 from genkit.ranks import Ranks
 from genkit.sampling import sample
 from genkit.training import TrainConfig, fit
@@ -104,10 +105,9 @@ class RingDenoiser(Denoiser):
     @torch.no_grad()
     def few_steps(self, count: int, levels: Sequence[float], seed: int = 0) -> Tensor:
         """Points (count, 2) of a student that visits some levels, see `genkit.distill.path.renoise`."""
-        generator = torch.Generator().manual_seed(seed)
 
         def noise(step: int) -> Tensor:
-            return torch.randn(count, 2, 1, 1, generator=generator)
+            return torch.randn(count, 2, 1, 1, generator=torch.Generator().manual_seed(mix(seed, step)))
 
         return renoise(lambda x, level: self(x, level).x0, Levels(self.pipe.scheduler), levels, noise).flatten(1)
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.ring import CASES, COUNT, distil, student_rows
+from benchmarks.ring import COUNT, distil, student_rows
 from genkit.data import ring
 from genkit.data.ring import mmd2, points, ring_metrics
 from genkit.distill.data import open_data
 from genkit.distill.ring import RingDenoiser, load_student, ring_config, ring_data, train_ring
 from genkit.distill.trainer import DistillTrainer
+from genkit.noise import mix
 
-SHORT = {"steps": 200, "lr": 5e-4}  # a student that is not good yet, but far better than its teacher in one step
+SHORT = {"steps": 150, "lr": 5e-4}  # a student that is not good yet, but far better than its teacher in one step
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +55,16 @@ def test_the_discrepancy_to_the_middle_of_the_ring_is_the_closed_form(reference)
 
 
 def test_samples_of_the_ring_measure_as_the_ring(reference):
-    found = ring_metrics(points(4096, seed=5), reference)
+    found = ring_metrics(points(2048, seed=5), reference)
     within = 1 - math.exp(-4.5)  # three standard deviations of two coordinates
-    assert abs(found["mmd"]) < 1.0
-    assert found["hq"] == pytest.approx(within, abs=0.006)
-    assert 0.11 < found["min_mode"] < 0.125
+    assert abs(found["mmd"]) < 2.0
+    assert found["hq"] == pytest.approx(within, abs=0.008)
+    assert 0.1 < found["min_mode"] < 0.125
     assert found["std"] == pytest.approx(0.12 * math.sqrt(1 - 4.5 * math.exp(-4.5) / within), rel=0.03)
 
 
 def test_a_mode_that_is_lost_shows(reference):
-    x = points(4096, seed=5)
+    x = points(2048, seed=5)
     lost = x[(x - ring.centres()[0]).norm(dim=1) > 0.5]
     found = ring_metrics(lost, reference)
     assert found["min_mode"] == 0
@@ -154,25 +155,27 @@ def test_a_fused_round_is_a_separate_one(teacher, tmp_path):
     assert not torch.equal(students[0]["out.weight"], teacher.network.state_dict()["out.weight"])
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - {"hinge", "hinge, separate rounds"}))
-def test_every_case_of_the_benchmark_runs(name, teacher, reference, tmp_path):
-    rows = student_rows(name, distil(name, teacher, tmp_path, steps=2), reference)
-    assert len(rows) == (4 if name == "four levels" else 1)
+def test_rows_of_the_benchmark(teacher, reference, tmp_path):
+    rows = student_rows("four levels", distil("four levels", teacher, tmp_path, steps=2), reference)
+    assert list(rows) == [f"four levels, {n} renoised" for n in (1, 2, 4)] + ["four levels, 4 of the ODE"]
     assert all(math.isfinite(value) for row in rows.values() for value in row.values())
+
+
+def test_synthetic_data_are_samples_of_the_teacher(teacher, tmp_path):
+    distil("synthetic data", teacher, tmp_path, steps=1)
+    data = open_data(tmp_path / "synthetic-data" / "data", teacher)
+    x = data.latents(range(1024)).flatten(1)
+    assert abs(ring_metrics(x, teacher.sample(1024, 20))["mmd"]) < 3
 
 
 def test_levels_of_the_student_are_those_it_visits(teacher):
     """At one level, x0 is what the denoiser makes of pure noise; at two, of its noised x0."""
-    eps = torch.randn(2, 5, 2, 1, 1, generator=torch.Generator().manual_seed(4))
+    eps = [torch.randn(5, 2, 1, 1, generator=torch.Generator().manual_seed(mix(4, step))) for step in range(2)]
     with torch.no_grad():
         x0 = eps[0] - teacher.network(eps[0], torch.ones(5))
         x = 0.5 * x0 + 0.5 * eps[1]
         second = x - 0.5 * teacher.network(x, torch.full((5,), 0.5))
     torch.testing.assert_close(teacher.few_steps(5, (1.0,), seed=4), x0.flatten(1))
-    # The generator draws one step after the other, which is not the stack of both.
-    generator = torch.Generator().manual_seed(4)
-    first, fresh = (torch.randn(5, 2, 1, 1, generator=generator) for _ in range(2))
-    assert torch.equal(torch.stack([first, fresh]), eps)
     torch.testing.assert_close(teacher.few_steps(5, (1.0, 0.5), seed=4), second.flatten(1))
 
 
@@ -182,7 +185,9 @@ def test_one_step_is_as_good_as_four_of_the_teacher(tmp_path):
     reference = points(COUNT, seed=2)
     teacher = train_ring(tmp_path)
     four, one = (ring_metrics(teacher.sample(COUNT, steps), reference)["mmd"] for steps in (4, 1))
-    trainer = DistillTrainer(teacher, ring_data(points(16384, seed=1), teacher, tmp_path / "data", "ring"), ring_config(), tmp_path / "run")
+    trainer = DistillTrainer(
+        teacher, ring_data(points(16384, seed=1), teacher, tmp_path / "data", "ring"), ring_config(), tmp_path / "run"
+    )
     trainer.fit()
     found = ring_metrics(load_student(tmp_path / "run").few_steps(COUNT, (1.0,)), reference)
     assert found["mmd"] <= four
