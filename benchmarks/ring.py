@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -57,6 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     "noise 0": {"disc_noise": "logit-normal:0,1"},
     "noise 1": {"disc_noise": "logit-normal:1,1"},
     "four levels": {"levels": FOUR, "level_probs": (0.7, 0.1, 0.1, 0.1)},
+    "four levels alike": {"levels": FOUR},
     "cleared gradients": {},
     "stale gradients": {},
 }
@@ -111,6 +113,9 @@ def distil(name: str, teacher: RingDenoiser, work: Path, **changes: Any) -> Path
     data = ring_data(x, teacher, folder / "data", name)
     trainer = ORDERS.get(name, DistillTrainer)(teacher, data, ring_config(**CASES[name] | changes), folder / "run")
     trainer.fit()
+    if trainer.interrupted:
+        shutil.rmtree(folder)
+        raise KeyboardInterrupt
     return folder / "run"
 
 
@@ -176,7 +181,7 @@ def draw(file: Path, work: Path, rounds: int, seed: int) -> None:
     from matplotlib import pyplot
 
     teacher = train_ring(work, seed=seed)
-    shown = {"ring": points(COUNT)} | {f"teacher, {n} steps": teacher.sample(COUNT, n) for n in (50, 4, 1)}
+    shown = {"ring": points(COUNT)} | {f"teacher, {n} step{'s' * (n > 1)}": teacher.sample(COUNT, n) for n in (50, 4, 1)}
     for name in ("hinge", "distillation only", "stale gradients"):
         student = load_student(distil(name, teacher, work, steps=rounds, seed=seed))
         shown[f"{name}, 1 step"] = student.few_steps(COUNT, (1.0,))

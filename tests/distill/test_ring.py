@@ -133,7 +133,7 @@ def test_one_step_of_the_student_replaces_many(hinge, reference, teacher_mmd):
 
 
 def test_the_distillation_loss_alone_fails(teacher, reference, teacher_mmd, tmp_path):
-    """It pulls every sample to the mean."""
+    """It pulls samples together."""
     found = one_step(distil("distillation only", teacher, tmp_path, **SHORT), reference)
     assert found["mmd"] > teacher_mmd[1] / 5
     assert found["hq"] < 0.05
