@@ -28,7 +28,6 @@ import json
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from clock import seconds
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
@@ -45,11 +45,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from genkit.data import digits
 from genkit.denoisers import Cond, Denoiser
+from genkit.denoisers.base import with_network
 from genkit.distill import losses
 from genkit.distill.config import DistillConfig
 from genkit.distill.data import LatentDataset, open_data
 from genkit.distill.discriminator import FeatureDiscriminator
-from genkit.distill.networks import condition_vector, with_network
+from genkit.distill.networks import condition_vector
 from genkit.distill.path import Path as Levels
 from genkit.distill.samplers import LevelSampler, NoiseSampler
 from genkit.distill.sources import TeacherTaps
@@ -231,19 +232,6 @@ def middle_sized() -> Any:
         scheduler=PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    """Wall-clock time of a call on a GPU, CPU time on a CPU."""
-    if not torch.cuda.is_available():
-        start = time.process_time()
-        function()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def bytes_of(held: list[Any]) -> int:

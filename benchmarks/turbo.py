@@ -22,12 +22,12 @@ import hashlib
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from clock import seconds
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -107,19 +107,6 @@ class Results:
 def pipeline(model: str) -> GuidedPipeline:
     """A model on the fastest device."""
     return load(model, device="cuda" if torch.cuda.is_available() else "cpu")
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    """Wall-clock time of a call on a GPU, CPU time on a CPU."""
-    if not torch.cuda.is_available():
-        start = time.process_time()
-        function()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def speed(student: str, batch: int, rounds: int) -> dict[str, float]:

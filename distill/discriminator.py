@@ -95,7 +95,7 @@ class FeatureDiscriminator(nn.Module):
             return self.heads[k](feature.float(), self._condition(feature, vector, u, image))
 
     def forward(self, features: list[Tensor], vector: Tensor, u: Tensor | None = None, image: Tensor | None = None) -> list[Tensor]:
-        """`score`, for wrappers that go through forward (DDP)."""
+        """`score`."""
         return self.score(features, vector, u, image)
 
     def _condition(self, like: Tensor, vector: Tensor, u: Tensor | None, image: Tensor | None) -> Tensor:

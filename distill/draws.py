@@ -85,8 +85,9 @@ class Draws:
         self.noise = NoiseSampler.parse(config.disc_noise)
         self.num_classes: int | None = getattr(denoiser, "num_classes", None)
         self.extra_channels = self._extra_channels()
-        # Without conditions there is nothing to mismatch.
-        self.mismatched = config.mismatched and bool(data.condition(denoiser, [0]).without_concat().tensors)
+        # Without conditions there is nothing to mismatch, and without a discriminator nobody to look.
+        conditional = bool(data.condition(denoiser, [0]).without_concat().tensors)
+        self.mismatched = config.mismatched and config.adversarial > 0 and conditional
         self._last: tuple[tuple[int, int, int], Draw] | None = None
 
     def __call__(self, step: int, micro: int = 0, attempt: int = 0) -> Draw:

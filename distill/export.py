@@ -20,6 +20,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from safetensors import SafetensorError
 
 from genkit.denoisers import Denoiser
+from genkit.denoisers.base import network_name
 from genkit.distill import gate
 from genkit.distill.card import model_card
 from genkit.distill.schedule import scheduler_for
@@ -157,7 +158,7 @@ def _with(host: DiffusionPipeline, network: Any, scheduler: Any) -> DiffusionPip
     if isinstance(host, DDIMPipeline):  # it turns any scheduler into DDIM
         return DDPMPipeline(network, scheduler)
     pipe = copy.copy(host)
-    pipe.register_modules(**{_network_name(host): network, "scheduler": scheduler})
+    pipe.register_modules(**{network_name(host): network, "scheduler": scheduler})
     return pipe
 
 
@@ -215,7 +216,7 @@ def _write_lora(host: DiffusionPipeline, network: Any, folder: Path, dtype: torc
     """Save a network's adapters in a dtype, with their rank and scale; the network's are then rounded to it."""
     from peft import get_peft_model_state_dict
 
-    name, adapter = _network_name(host), next(iter(network.peft_config))
+    name, adapter = network_name(host), next(iter(network.peft_config))
     for key, parameter in network.named_parameters():
         if "lora_" in key:
             parameter.data = parameter.data.to(dtype).float()
@@ -235,10 +236,6 @@ def _pass_gate(student: Denoiser, exported: DiffusionPipeline, spec: FewStepSpec
             )
         found[name] = difference
     return found
-
-
-def _network_name(host: DiffusionPipeline) -> str:
-    return "transformer" if getattr(host, "unet", None) is None else "unet"
 
 
 def _has_adapters(network: Any) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
-from PIL import Image
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from genkit import noise as noises
@@ -40,7 +40,7 @@ class Monitor:
         self.history: deque[dict[str, float]] = deque(maxlen=WINDOW)
         self.warnings: list[str] = []
         self._log: TextIO | None = None
-        self._teacher_pictures: list[Tensor] | None = None
+        self._teacher_pictures: Tensor | None = None
 
     @property
     def folder(self) -> Path:
@@ -116,20 +116,13 @@ class Monitor:
             mask[..., x0.shape[-2] // 2 :, :] = 1  # the lower half
             cond = masked(cond, x0, mask)
         pictures = {f"teacher, {TEACHER_STEPS} steps": self._teacher_pictures}
-        parameters = list(trainer.student.trained())
-        trainer.ema.store(parameters)
-        trainer.ema.copy_to(parameters)
-        try:
-            with evaluating(trainer.student.network):
-                for steps in [n for n in PREVIEW_STEPS if n <= len(trainer.config.levels)]:
-                    pictures[f"{steps} step{'s' * (steps > 1)}"] = list(
-                        self._painted(student_samples(trainer, x0.shape, cond, steps), x0, mask)
-                    )
-        finally:
-            trainer.ema.restore(parameters)
+        with trainer.averaged(), evaluating(trainer.student.network):
+            for steps in [n for n in PREVIEW_STEPS if n <= len(trainer.config.levels)]:
+                samples = student_samples(trainer, x0.shape, cond, steps)
+                pictures[f"{steps} step{'s' * (steps > 1)}"] = self._painted(samples, x0, mask)
         captions = trainer.draws.data.prompts or [str(label) for label in trainer.draws.data.labels or []]
         sheet = contact_sheet(
-            [[_picture(picture) for picture in row] for row in pictures.values()], list(pictures),
+            [VaeImageProcessor().postprocess(row.cpu()) for row in pictures.values()], list(pictures),
             [captions[row] for row in rows] if captions else [""] * len(rows),
         )  # fmt: skip
         file = self.folder / "previews" / f"step-{trainer.step:06d}.png"
@@ -141,7 +134,7 @@ class Monitor:
         """Pictures of samples, outside of a mask those of x0."""
         return self.trainer.teacher.denoiser.decode(samples if mask is None else mask * samples + (1 - mask) * x0)
 
-    def _teacher(self, x0: Tensor, cond: Any) -> list[Tensor]:
+    def _teacher(self, x0: Tensor, cond: Any) -> Tensor:
         from genkit.sampling import sample
 
         denoiser, guidance = self.trainer.teacher.denoiser, self.trainer.draws.data.record.get("guidance_scale") or 1.0
@@ -150,7 +143,7 @@ class Monitor:
         start = noises.normal(range(len(x0)), x0.shape[1:]).to(denoiser.device) * getattr(scheduler, "init_noise_sigma", 1.0)
         generators = noises.generators(range(len(x0)), noises.SAMPLER)
         latents = sample(denoiser, scheduler, start, cond, guidance_scale=guidance, generator=generators)
-        return list(denoiser.decode(latents))
+        return denoiser.decode(latents)
 
 
 @torch.no_grad()
@@ -191,9 +184,3 @@ def judge_health(history: list[dict[str, float]], taps: list[str]) -> list[str]:
             "use more taps, or less noise (the mean of --disc-noise)."
         )
     return found
-
-
-def _picture(image: Tensor) -> Image.Image:
-    """A picture (3, H, W) in [-1, 1] as PIL."""
-    values = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(values)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,18 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkit.denoisers import Cond, Denoiser
+from genkit.denoisers.base import with_network
 from genkit.distill.path import Path
 from genkit.levels import Level
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-def with_network(denoiser: Denoiser, network: Any) -> Denoiser:
-    """The same adapter around another network of its family; prompts are encoded with the original."""
-    shell = copy.copy(denoiser)
-    name = "transformer" if getattr(denoiser.pipe, "unet", None) is None else "unet"
-    shell.pipe = SimpleNamespace(**{name: network, "scheduler": denoiser.pipe.scheduler}, _execution_device=denoiser.device)
-    return shell
 
 
 def shared_copy(network: Any) -> Any:

@@ -17,24 +17,22 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from genkit.denoisers.base import network_name
 from genkit.distill.config import DistillConfig, changes
 from genkit.distill.shards import identity, settings_of
+from genkit.distill.trained import LORA_FILE, checkpoint_folders, load_weights
 from genkit.files import prepare_folder, write_atomic
 
 if TYPE_CHECKING:
     from genkit.distill.trainer import DistillTrainer
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 class Run:
@@ -80,8 +78,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints, the oldest first."""
-        found = [p for p in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-        return sorted(found, key=lambda p: int(p.name.partition("-")[2]))
+        return list(checkpoint_folders(self.folder).values())
 
     def save(self, trainer: DistillTrainer) -> None:
         """Write the checkpoint of the rounds that are done, if it is not there; then drop the oldest beyond the limit.
@@ -108,14 +105,9 @@ class Run:
         trainer.ranks.wait()
 
     def _write(self, trainer: DistillTrainer, folder: Path) -> None:
-        parameters = list(trainer.student.trained())
         _save_student(trainer, folder / "student")
-        trainer.ema.store(parameters)
-        trainer.ema.copy_to(parameters)
-        try:
+        with trainer.averaged():
             _save_student(trainer, folder / "student_ema")
-        finally:
-            trainer.ema.restore(parameters)
         heads = {name: value.contiguous() for name, value in trainer.discriminator.state_dict().items()}
         save_file(heads, folder / "heads.safetensors")
         state = {
@@ -174,7 +166,7 @@ def _save_student(trainer: DistillTrainer, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     folder.mkdir()
-    prefix = _prefix(trainer)
+    prefix = network_name(trainer.teacher.denoiser.pipe)
     layers = {f"{prefix}.{name}": value.contiguous() for name, value in get_peft_model_state_dict(network).items()}
     adapter = next(iter(network.peft_config.values())).to_dict()
     metadata = {f"{prefix}.{name}": value for name, value in adapter.items()}
@@ -184,20 +176,13 @@ def _save_student(trainer: DistillTrainer, folder: Path) -> None:
 def _load_student(trainer: DistillTrainer, folder: Path) -> None:
     network = trainer.student.network
     if not trainer.student.lora_rank:
-        loaded = type(network).from_pretrained(folder, dtype=torch.float32)
-        network.load_state_dict(loaded.state_dict())
+        load_weights(folder, network)
         return
     from peft import set_peft_model_state_dict
 
-    prefix = _prefix(trainer) + "."
+    prefix = network_name(trainer.teacher.denoiser.pipe) + "."
     layers = {name.removeprefix(prefix): value for name, value in load_file(folder / LORA_FILE).items()}
     set_peft_model_state_dict(network, layers)
-
-
-def _prefix(trainer: DistillTrainer) -> str:
-    """What diffusers calls the network in a LoRA file."""
-    pipe: DiffusionPipeline = trainer.teacher.denoiser.pipe
-    return "transformer" if getattr(pipe, "unet", None) is None else "unet"
 
 
 def _plain(value: Any) -> Any:

@@ -11,11 +11,19 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from genkit.checkpoints import check_folder, read_shapes
 from genkit.distill.spec import FewStepSpec
 
 WHICH = {"ema": "student_ema", "last": "student"}
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name
+
+
+def checkpoint_folders(run: Path) -> dict[int, Path]:
+    """The folders of a run's checkpoints by their number, ascending."""
+    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run.iterdir() if path.is_dir())
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
 class TrainedRun:
@@ -53,9 +61,7 @@ class TrainedRun:
 
     def checkpoints(self) -> list[int]:
         """The numbers of the checkpoints that are whole, ascending; one that was copied in part has no state.json."""
-        found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in self.folder.iterdir())
-        numbers = sorted(int(match[1]) for match in found if match)
-        return [number for number in numbers if (self.folder / f"checkpoint-{number}" / "state.json").is_file()]
+        return [number for number, folder in checkpoint_folders(self.folder).items() if (folder / "state.json").is_file()]
 
     def weights(self, which: str = "ema", checkpoint: int | None = None) -> Path:
         """The folder of a student's weights, checked: no tensor is missing or cut off.
@@ -103,9 +109,14 @@ def start_from(init: str, network: Any) -> None:
         folder = TrainedRun(folder).weights()
     try:
         check_folder(folder)
-        network.load_state_dict(type(network).from_pretrained(folder).state_dict())
+        load_weights(folder, network)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"No student can start from {init!r}: {' '.join(str(error).split())[:300]}") from error
+
+
+def load_weights(folder: Path, network: Any) -> None:
+    """Load the weights that a network of the same class was saved with, in place and in float32."""
+    network.load_state_dict(type(network).from_pretrained(folder, dtype=torch.float32).state_dict())
 
 
 def load_network(folder: Path, teacher: Any) -> Any:

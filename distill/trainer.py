@@ -94,7 +94,7 @@ class DistillTrainer:
             log_with=list(config.trackers) or None,
             project_dir=str(folder),
             cpu=denoiser.device.type == "cpu",
-            # Buffers are those of spectral norm, which are the same everywhere; sending them would change them between two passes.
+            # A student's buffers are constants.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         self.run = Run(folder, config, leads=self.ranks.leads)
@@ -159,12 +159,23 @@ class DistillTrainer:
         """Whether the last `fit` ended before its time."""
         return self.step < self.config.steps
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The student with its averaged weights inside the block, and as it was after it."""
+        parameters = list(self.student.trained())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def _round(self) -> dict[str, float]:
         """One update of the heads, one of the student."""
-        # Only the augmentation of pictures (ADD) and dropout of the student, if it has any, ask torch's own generator.
+        # Dropout of the student, if it has any, is the only thing that asks torch's own generator.
         torch.manual_seed(noises.mix((self.config.seed << 32) + self.step, noises.TRAINING + 1000 + self.ranks.index))
         figures: dict[str, float] = {}
         kept: Kept | None = None

@@ -25,10 +25,12 @@ Where prompts are all of it, `genkit.denoisers.text.TextDenoiser` also has the c
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -171,8 +173,7 @@ class Denoiser(ABC):
     @property
     def network(self) -> Any:
         """The module that is evaluated."""
-        unet = getattr(self.pipe, "unet", None)
-        return self.pipe.transformer if unet is None else unet
+        return getattr(self.pipe, network_name(self.pipe))
 
     def set_timesteps(
         self,
@@ -364,6 +365,19 @@ class Denoiser(ABC):
         if unknown:
             takes = f"It takes {', '.join(accepted)}." if accepted else "It takes nothing."
             raise ValueError(f"The condition of {self.family} takes no {', '.join(unknown)}. {takes}")
+
+
+def network_name(pipe: Any) -> str:
+    """What a pipeline calls its network: "unet" or "transformer"."""
+    return "transformer" if getattr(pipe, "unet", None) is None else "unet"
+
+
+def with_network(denoiser: Denoiser, network: Any, device: torch.device | None = None) -> Denoiser:
+    """The same adapter around another network of its family, on its device by default; prompts are encoded with the original."""
+    shell = copy.copy(denoiser)
+    components = {network_name(denoiser.pipe): network, "scheduler": denoiser.pipe.scheduler}
+    shell.pipe = SimpleNamespace(**components, _execution_device=denoiser.device if device is None else device)
+    return shell
 
 
 def accepts(scheduler: Any, argument: str) -> bool:

@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from genkit import noise as noises
 from genkit.denoisers import Cond, Denoiser
+from genkit.denoisers.base import with_network
 from genkit.denoisers.modes import evaluating
 from genkit.denoisers.text import TextDenoiser
 from genkit.features.taps import Tap, as_map, collect, resolve_taps
@@ -267,8 +267,4 @@ def _on_meta(denoiser: Denoiser) -> Denoiser:
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in network.parameters()
     }
     memo |= {id(b): torch.empty_like(b, device="meta") for b in network.buffers()}
-    shell = copy.copy(denoiser)
-    name = "transformer" if getattr(denoiser.pipe, "unet", None) is None else "unet"
-    components = {name: copy.deepcopy(network, memo), "scheduler": denoiser.pipe.scheduler}
-    shell.pipe = SimpleNamespace(**components, _execution_device=torch.device("meta"))
-    return shell
+    return with_network(denoiser, copy.deepcopy(network, memo), torch.device("meta"))

@@ -148,7 +148,7 @@ def test_heads_that_match_no_tap(sd):
 
 
 def test_a_network_without_known_blocks_needs_module_paths(sd):
-    from genkit.distill.networks import with_network
+    from genkit.denoisers.base import with_network
 
     plain = with_network(sd[0], nn.Sequential(nn.Conv2d(4, 8, 1), nn.SiLU()))
     for taps in ("quarter", "all"):
