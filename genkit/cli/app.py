@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from genkit.cli.attention import attention
 from genkit.cli.classify import classify
 from genkit.cli.distill import distill
 from genkit.cli.doctor import doctor
@@ -53,6 +54,7 @@ app.command()(synth)
 app.add_typer(train, name="train")
 app.command()(distill)
 app.command()(export)
+app.add_typer(attention, name="attention")
 app.add_typer(zoo, name="zoo")
 app.command()(doctor)
 
