@@ -87,3 +87,24 @@ def mixture_log_density(x: float, alpha: float, sigma: float, means: list[float]
         v = alpha**2 * s**2 + sigma**2
         total += w / sum(weights) * math.exp(-0.5 * (x - alpha * m) ** 2 / v) / math.sqrt(2 * math.pi * v)
     return math.log(total)
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(output, log-sum-exp, row entropy, probabilities) of softmax attention, with the whole matrix; differentiable.
+
+    q (B, H, L, D), k (B, H, S, D), v (B, H, S, E); the mask is boolean (True attends) or added to the logits. A row that attends to
+    nothing has probabilities, output and entropy 0, and -inf.
+    """
+    logits = torch.einsum("bhld,bhsd->bhls", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+    closed = logits == -math.inf
+    empty = closed.all(-1)
+    finite = torch.where(closed, 0.0, logits)  # so that no gradient runs through an infinity
+    weights = torch.where(closed, 0.0, torch.exp(finite - finite.amax(-1, keepdim=True).detach()))
+    probabilities = weights / weights.sum(-1, keepdim=True).masked_fill(empty[..., None], 1.0)
+    lse = torch.logsumexp(torch.where(closed & ~empty[..., None], -math.inf, finite), -1)
+    entropy = torch.where(empty, 0.0, (probabilities * (lse[..., None] - finite)).sum(-1))
+    return probabilities @ v, torch.where(empty, -math.inf, lse), entropy, probabilities
