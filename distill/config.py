@@ -247,9 +247,3 @@ def read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(file)!r} is no TOML ({error}). Repair it.") from error
-
-
-def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings in which a continuation differs from its run, (before, after) by name, without those that may."""
-    names = [name for name in {**before, **after} if name not in FREE]
-    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}

@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from genkit.denoisers.base import network_name
-from genkit.distill.config import DistillConfig, changes
-from genkit.distill.shards import identity, settings_of
+from genkit.distill.config import FREE, DistillConfig
+from genkit.distill.shards import difference, identity, settings_of
 from genkit.distill.trained import LORA_FILE, checkpoint_folders, load_weights
 from genkit.files import prepare_folder, write_atomic
 
@@ -61,10 +61,11 @@ class Run:
                 raise ValueError(
                     f"{str(self.folder)!r} already holds a run. Go on with it (--resume latest), or use another --out."
                 )
-            differing = changes(found, settings)
-            if differing:
-                shown = "; ".join(f"{name} was {before!r}, now {after!r}" for name, (before, after) in differing.items())
-                raise ValueError(f"The run in {str(self.folder)!r} was made otherwise: {shown}. Use the same, or another --out.")
+            differs = difference(found, settings, FREE)
+            if differs:
+                raise ValueError(
+                    f"The run in {str(self.folder)!r} was made otherwise: {differs}. Use the same settings, or another --out."
+                )
         checkpoint = None if resume is None else self._chosen(resume)
         trainer.ranks.wait()
         if self.leads:

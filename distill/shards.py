@@ -173,9 +173,13 @@ def settings_of(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in ("format", "shards")}
 
 
-def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """In words, what differs between two settings: "it has steps 50, but here it is steps 16"; empty if nothing does."""
-    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+def difference(there: dict[str, Any], here: dict[str, Any], free: Sequence[str] = ()) -> str:
+    """In words, what differs between two settings: "it has steps 50, but here it is steps 16"; empty if nothing does.
+
+    Args:
+        free: names of settings that may differ.
+    """
+    keys = [key for key in {**there, **here} if key not in free and there.get(key) != here.get(key)]
     if not keys:
         return ""
     listed = (", ".join(f"{key} {side.get(key)!r:.80}" for key in keys) for side in (there, here))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, command, option
+from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, check_model, command, option, read_prompts
 
 _WHAT, _HOW, _WHERE, _MACHINE = "What to tell apart", "How to decide", "Files", "Machine"
 
@@ -87,7 +87,6 @@ def classify(
     """
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
         from genkit.cli.classify_job import Job, Table, truths
-        from genkit.cli.sample import _check_model
         from genkit.data.pictures import find_pictures
         from genkit.errors import unknown
         from genkit.ranks import Ranks
@@ -99,7 +98,7 @@ def classify(
         ranks = Ranks.from_environment()
         if not ranks.leads:
             output.mute()
-        _check_model(model, allow_pickle)
+        check_model(model, allow_pickle)
         files = find_pictures(images)
         known = _class_prompts(model)
         names = _labels(labels, labels_file, known)
@@ -134,7 +133,6 @@ def _labels(text: str | None, file: Path | None, known: dict[str, str]) -> list[
     Raises:
         OSError, ValueError: the file is missing, not UTF-8 or holds no label; too few labels, one twice.
     """
-    from genkit.cli.sample import _read_prompts
     from genkit.pipelines.classes import check_labels
 
     if text is None and file is None:
@@ -142,7 +140,7 @@ def _labels(text: str | None, file: Path | None, known: dict[str, str]) -> list[
             raise ValueError("There are no labels. Say what to tell apart: --labels cat,dog, or --labels-file FILE.")
         return check_labels(list(known))
     given = [part.strip() for part in (text or "").split(",") if part.strip()]
-    return check_labels(_read_prompts(given, file, what="label"))
+    return check_labels(read_prompts(given, file, what="label"))
 
 
 def _texts(names: list[str], templates: list[str] | None, known: dict[str, str]) -> dict[str, Any]:

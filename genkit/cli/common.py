@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -178,3 +179,48 @@ def resolve_device(name: str) -> str:
         usable = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in counts.items() if count)
         raise ValueError(f"Device {name!r} is not usable here. Usable: {usable}. `genkit doctor` tells more.")
     return name
+
+
+def check_model(model: str, allow_pickle: bool) -> Path | None:
+    """The folder of a model, checked as far as goes without torch; None for one on the Hub.
+
+    Raises:
+        ValueError, FileNotFoundError: no such model, or its folder is damaged or unsafe.
+    """
+    from genkit import zoo
+    from genkit.checkpoints import check_folder
+    from genkit.errors import unknown
+
+    if model in zoo.names() or model in zoo.TRAINABLE:
+        folder = zoo.path(model)
+    elif Path(model).exists() or model.startswith((".", "/", "~")):
+        folder = Path(model).expanduser()
+    elif model.count("/") == 1:
+        return None
+    else:
+        raise unknown("model", model, zoo.names())
+    check_folder(folder, allow_pickle, shapes=False)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"The model {model!r} is no diffusion pipeline (there is no model_index.json), so it draws nothing.")
+    return folder
+
+
+def read_prompts(prompts: list[str] | None, file: Path | None, what: str = "prompt") -> list[str]:
+    """Prompts of the command line, then those of the file; `what` they are, for messages.
+
+    Raises:
+        OSError, ValueError: the file is missing, not UTF-8, or holds no prompt.
+    """
+    found = list(prompts or [])
+    if file is None:
+        return found
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The {what}s file {str(file)!r} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise OSError(f"The {what}s file {str(file)!r} cannot be read ({error.strerror}).") from error
+    in_file = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not in_file:
+        raise ValueError(f"The {what}s file {str(file)!r} holds no {what}. Write one on each line.")
+    return found + in_file

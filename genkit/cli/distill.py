@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Quiet, check_device, command, option
+from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Quiet, check_device, check_model, command, option
 
 if TYPE_CHECKING:
     from genkit.cli.common import Output
@@ -122,11 +122,10 @@ def distill(
         [bold]genkit export --run run --out turbo[/bold]
     """
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
-        from genkit.cli.sample import _check_model
         from genkit.ranks import Ranks
 
         check_device(device)
-        _check_model(teacher, allow_pickle)
+        check_model(teacher, allow_pickle)
         ranks = Ranks.from_environment()
         if not ranks.leads:
             output.mute()

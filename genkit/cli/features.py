@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, command, option, resumable
+from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, check_model, command, option, resumable
 
 if TYPE_CHECKING:
     from genkit.ranks import Ranks
@@ -52,7 +52,6 @@ def features(
         [bold]genkit features digits --taps mid,block.6 --t 50,150 --pool mean --out features[/bold]
     """
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
-        from genkit.cli.sample import _check_model
         from genkit.errors import unknown
         from genkit.ranks import Ranks
         from genkit.recipe import DTYPES
@@ -60,7 +59,7 @@ def features(
         check_device(device)
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
-        _check_model(model, False)
+        check_model(model, False)
         times = parse_times(t)
         plan: dict[str, Any] = {
             "data": data, "model": model, "taps": parse_taps(taps), "t": times, "pool": parse_pool(pool), "seed": seed,

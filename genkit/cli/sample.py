@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, command, option
+from genkit.cli.common import (
+    Debug,
+    Device,
+    Json,
+    Output,
+    Quiet,
+    check_device,
+    check_model,
+    command,
+    option,
+    read_prompts,
+)
 
 if TYPE_CHECKING:
     from genkit.recipe import Recipe
@@ -90,10 +101,10 @@ def sample(
         check_device(device)
         settings = dict(model=model, negative=negative, steps=steps, cfg=cfg, sampler=sampler, eta=eta, dtype=dtype)  # noqa: C408
         base = _base(source, settings, size=size, guidance=guidance, tokens=token)
-        folder = _check_model(base.model, allow_pickle)
+        folder = check_model(base.model, allow_pickle)
         if source is None and folder is not None:
             base = _as_student(base, folder, settings)
-        subjects = _subjects(base, _read_prompts(prompts, prompts_file), labels, from_recipe=source is not None, folder=folder)
+        subjects = _subjects(base, read_prompts(prompts, prompts_file), labels, from_recipe=source is not None, folder=folder)
         table = plan(subjects, [base.seed] if seeds is None else parse_seeds(seeds), [Axis.parse(text) for text in sweep or []])
         _check_guidance(table)
         if dry_run:
@@ -135,30 +146,6 @@ def _base(
     return base
 
 
-def _check_model(model: str, allow_pickle: bool) -> Path | None:
-    """The folder of a model, checked as far as goes without torch; None for one on the Hub.
-
-    Raises:
-        ValueError, FileNotFoundError: no such model, or its folder is damaged or unsafe.
-    """
-    from genkit import zoo
-    from genkit.checkpoints import check_folder
-    from genkit.errors import unknown
-
-    if model in zoo.names() or model in zoo.TRAINABLE:
-        folder = zoo.path(model)
-    elif Path(model).exists() or model.startswith((".", "/", "~")):
-        folder = Path(model).expanduser()
-    elif model.count("/") == 1:
-        return None
-    else:
-        raise unknown("model", model, zoo.names())
-    check_folder(folder, allow_pickle, shapes=False)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"The model {model!r} is no diffusion pipeline (there is no model_index.json), so it draws nothing.")
-    return folder
-
-
 def _as_student(base: Recipe, folder: Path, given: dict[str, Any]) -> Recipe:
     """With a few-step student's own steps and guidance where none were given; other models' recipes as they are."""
     import dataclasses
@@ -170,27 +157,6 @@ def _as_student(base: Recipe, folder: Path, given: dict[str, Any]) -> Recipe:
         return base
     own: dict[str, Any] = {"steps": spec.default_steps, "cfg": spec.guidance_scale}
     return dataclasses.replace(base, **{key: value for key, value in own.items() if given[key] is None})
-
-
-def _read_prompts(prompts: list[str] | None, file: Path | None, what: str = "prompt") -> list[str]:
-    """Prompts of the command line, then those of the file; `what` they are, for messages.
-
-    Raises:
-        OSError, ValueError: the file is missing, not UTF-8, or holds no prompt.
-    """
-    found = list(prompts or [])
-    if file is None:
-        return found
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"The {what}s file {str(file)!r} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
-    except OSError as error:
-        raise OSError(f"The {what}s file {str(file)!r} cannot be read ({error.strerror}).") from error
-    in_file = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not in_file:
-        raise ValueError(f"The {what}s file {str(file)!r} holds no {what}. Write one on each line.")
-    return found + in_file
 
 
 def _subjects(base: Recipe, prompts: list[str], labels: str | None, *, from_recipe: bool, folder: Path | None) -> list[Recipe]:

@@ -6,7 +6,19 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, command, option, resumable
+from genkit.cli.common import (
+    Debug,
+    Device,
+    Json,
+    Output,
+    Quiet,
+    check_device,
+    check_model,
+    command,
+    option,
+    read_prompts,
+    resumable,
+)
 
 if TYPE_CHECKING:
     from genkit.distill import SynthConfig
@@ -70,7 +82,6 @@ def synth(
         [bold]torchrun --nproc_per_node 2 -m genkit synth --teacher DIR --labels 0-999 --count 50000 --out data[/bold]
     """
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
-        from genkit.cli.sample import _check_model
         from genkit.errors import unknown
         from genkit.ranks import Ranks
         from genkit.recipe import DTYPES
@@ -79,7 +90,7 @@ def synth(
         check_device(device)
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
-        _check_model(teacher, allow_pickle)
+        check_model(teacher, allow_pickle)
         texts = read_texts(prompts, prompt or [], captions, count)
         classes = None if labels is None else parse_labels(labels)
         items = count or len(texts or classes or [])
@@ -121,7 +132,6 @@ def read_texts(file: Path | None, prompts: list[str], captions: str | None, coun
         ValueError: captions and prompts at once, unknown captions or captions without a count, a file that is malformed or empty.
         OSError: the file cannot be read.
     """
-    from genkit.cli.sample import _read_prompts
     from genkit.errors import unknown
 
     if captions is not None:
@@ -135,8 +145,8 @@ def read_texts(file: Path | None, prompts: list[str], captions: str | None, coun
             raise ValueError("--captions digits has no end. Give --count, for instance 16000.")
         return open_source("digits", count).captions
     if file is None or file.suffix != ".jsonl":
-        return _read_prompts(prompts, file) or None
-    return prompts + [_text(file, number, line) for number, line in enumerate(_read_prompts(None, file), 1)]
+        return read_prompts(prompts, file) or None
+    return prompts + [_text(file, number, line) for number, line in enumerate(read_prompts(None, file), 1)]
 
 
 def _text(file: Path, number: int, line: str) -> str:

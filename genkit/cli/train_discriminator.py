@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, command, option, positive_numbers, resumable
+from genkit.cli.common import (
+    Debug,
+    Device,
+    Json,
+    Output,
+    Quiet,
+    check_device,
+    check_model,
+    command,
+    option,
+    positive_numbers,
+    resumable,
+)
 
 if TYPE_CHECKING:
     from genkit.guidance.training import DiscriminatorConfig
@@ -63,7 +75,6 @@ def discriminator(
         [bold]torchrun --nproc_per_node 2 -m genkit train discriminator --data photos --model DIR --out runs/d[/bold]
     """
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
-        from genkit.cli.sample import _check_model
         from genkit.errors import unknown
         from genkit.ranks import Ranks
         from genkit.recipe import DTYPES
@@ -71,7 +82,7 @@ def discriminator(
         check_device(device)
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
-        _check_model(model, False)
+        check_model(model, False)
         ranks = Ranks.from_environment()
         if not ranks.leads:
             output.mute()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, command, option, resumable
+from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, check_model, command, option, resumable
 from genkit.cli.features import open_data, parse_taps, parse_times
 
 if TYPE_CHECKING:
@@ -61,11 +61,10 @@ def probe(
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
         import dataclasses
 
-        from genkit.cli.sample import _check_model
         from genkit.ranks import Ranks
 
         check_device(device)
-        _check_model(model, False)
+        check_model(model, False)
         times = parse_times(t)
         plan: dict[str, Any] = {
             "data": data, "test": test or ("digits-test" if data == "digits" else None), "model": model, "taps": parse_taps(taps),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Output, Quiet, check_device, command, option
+from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Output, Quiet, check_device, check_model, command, option
 
 if TYPE_CHECKING:
     from genkit.guidance.training import TokenConfig, TrainedToken
@@ -71,7 +71,6 @@ def token(
     """
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
         from genkit import samplers
-        from genkit.cli.sample import _check_model
         from genkit.errors import unknown
         from genkit.files import prepare_folder
 
@@ -81,7 +80,7 @@ def token(
         targets = parse_classes(classes)
         if sampler is not None:
             samplers.require(sampler)
-        _check_model(model, False)
+        check_model(model, False)
         given: dict[str, Any] = {
             "prompts": tuple(prompt) if prompt else None, "init": init or _kind(guide, attribute), "vectors": vectors,
             "updates": updates, "evaluations": k, "steps": steps, "cfg": cfg, "batch": batch, "lr": lr, "seed": seed,

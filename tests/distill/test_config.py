@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from genkit.distill.config import DistillConfig, changes
+from genkit.distill.config import FREE, DistillConfig
+from genkit.distill.shards import difference
 
 
 def test_a_record_gives_the_same_settings() -> None:
@@ -117,8 +118,6 @@ def test_every_setting_is_documented() -> None:
 
 def test_what_a_continuation_may_change() -> None:
     before = DistillConfig(steps=100).to_json()
-    assert changes(before, DistillConfig(steps=200, log_every=1, trackers=("wandb",)).to_json()) == {}
-    assert changes(before, DistillConfig(steps=200, lr=1e-3, gan="softplus").to_json()) == {
-        "gan": ("hinge", "softplus"),
-        "lr": (None, 1e-3),
-    }
+    assert difference(before, DistillConfig(steps=200, log_every=1, trackers=("wandb",)).to_json(), FREE) == ""
+    changed = difference(before, DistillConfig(steps=200, lr=1e-3, gan="softplus").to_json(), FREE)
+    assert changed == "it has gan 'hinge', lr None, but here it is gan 'softplus', lr 0.001"

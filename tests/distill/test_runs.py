@@ -139,10 +139,10 @@ def test_latest_starts_where_there_is_nothing_yet(tmp_path):
         (
             "latest",
             {"lr": 2e-3, "gan": "softplus"},
-            "otherwise: gan was 'hinge', now 'softplus'; lr was 0.001, now 0.002.",
+            "otherwise: it has gan 'hinge', lr 0.001, but here it is gan 'softplus', lr 0.002.",
         ),
-        ("latest", {"levels": (1.0, 0.5)}, "levels was [1.0, 0.75, 0.5, 0.25], now [1.0, 0.5]."),
-        ("latest", {"count": 12}, "data was '16 items, "),
+        ("latest", {"levels": (1.0, 0.5)}, "it has levels [1.0, 0.75, 0.5, 0.25], but here it is levels [1.0, 0.5]."),
+        ("latest", {"count": 12}, "it has data '16 items, "),
         ("checkpoint-3", {}, "There is no checkpoint 'checkpoint-3' in"),
         ("checkpoint-3", {}, "There are: checkpoint-2, checkpoint-4."),
         ("/nowhere", {}, "There is no checkpoint '/nowhere' in"),
@@ -163,7 +163,9 @@ def test_a_run_on_other_data_of_the_same_size_is_refused(copied):
     data = data_of(denoiser, copied / "data")
     data.record["sampler"] = "euler"
     trainer = DistillTrainer(denoiser, data, settings(**ROUNDS), copied / "run")
-    with pytest.raises(ValueError, match=r"was made otherwise: data was '16 items, [0-9a-f]{12}', now '16 items, [0-9a-f]{12}'"):
+    with pytest.raises(
+        ValueError, match=r"was made otherwise: it has data '16 items, [0-9a-f]{12}', but here it is data '16 items, [0-9a-f]{12}'"
+    ):
         trainer.fit(resume="latest")
 
 

@@ -70,7 +70,7 @@ def test_a_run_and_its_continuation(line: list[str], tmp_path: Path) -> None:
     assert "genkit export --run" in text
     assert [entry["step"] for entry in log(tmp_path / "run")] == [1, 2, 3]
     error = json.loads(genkit(*line, "--steps", 3, "--resume", "latest", "--gan", "softplus", "--json", code=2).stdout)
-    assert "was made otherwise: gan was 'hinge', now 'softplus'" in error["error"]
+    assert "was made otherwise: it has gan 'hinge', but here it is gan 'softplus'" in error["error"]
 
 
 def test_lora(line: list[str], tmp_path: Path) -> None:
