@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,7 +66,7 @@ class HostedPipeline:
         if folder.is_dir():
             check_folder(folder, allow_pickle=allow_pickle)
         arguments.setdefault("dtype", torch.float32)
-        host = DiffusionPipeline.from_pretrained(
+        host = _pipeline_class(folder).from_pretrained(
             str(folder if folder.is_dir() else model), use_safetensors=None if allow_pickle else True, **arguments
         )
         return cls(host)
@@ -107,3 +108,12 @@ class HostedPipeline:
     def interrupt(self) -> None:
         """Stop soon (from a callback or another thread); the call returns what there is."""
         self._interrupt = True
+
+
+def _pipeline_class(folder: Path) -> type[DiffusionPipeline]:
+    """What loads a folder: diffusers finds its own classes by name, but not ours (see its `model_index.json`)."""
+    from genkit.pipelines.layout import LayoutToImagePipeline
+
+    index = folder / "model_index.json"
+    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
+    return LayoutToImagePipeline if name == LayoutToImagePipeline.__name__ else DiffusionPipeline

@@ -23,6 +23,7 @@ _BUILT_IN = {  # pipeline class -> module of this package, adapter
     "PixArtAlphaPipeline": ("pixart", "PixArtDenoiser"),
     "PixArtSigmaPipeline": ("pixart", "PixArtDenoiser"),
     "SanaPipeline": ("sana", "SanaDenoiser"),
+    "LayoutToImagePipeline": ("layout", "LayoutDenoiser"),
 }
 _registered: dict[str, type[Denoiser]] = {}
 

@@ -1,4 +1,4 @@
-"""Trains the autoencoder of the latent models: 32 x 32 RGB to 8 x 8 x 4, an `AutoencoderKL`.
+"""Trains the autoencoders of the latent models, `AutoencoderKL`: 32 x 32 RGB to 8 x 8 x 4, or any multiple of that.
 
 Loss: |x - x'| + (x - x')^2 + w KL(q(z|x) || N(0, 1)), w = 1e-6 (Rombach et al. 2022, arXiv 2112.10752, appendix G, without the
 adversarial and perceptual terms, which flat ink on flat paper does not need). `scaling_factor` is 1 / std(z).
@@ -7,6 +7,7 @@ adversarial and perceptual terms, which flat ink on flat paper does not need). `
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ KL_WEIGHT = 1e-6
 
 
 def train(folder: Path, *, steps: int | None = None, resume: bool = False, device: str = "cpu") -> AutoencoderKL:
-    """Train and save to `folder` (fp16 safetensors); returns the fp32 model."""
+    """Train on single digits and save to `folder` (fp16 safetensors); returns the fp32 model."""
     config = CONFIG if steps is None else dataclasses.replace(CONFIG, steps=steps)
     torch.manual_seed(config.seed)
     vae = AutoencoderKL(
@@ -36,21 +37,41 @@ def train(folder: Path, *, steps: int | None = None, resume: bool = False, devic
         force_upcast=False,
     )
 
+    def draw(count: int, seed: int) -> Tensor:
+        return digits.draw("train", count, seed=seed, augment="strong").images
+
+    vae = fit_autoencoder(vae, draw, config, folder / "training", resume=resume, device=device)
+    set_scaling_factor(vae, digits.draw("train", 2000, seed=1, augment="mild").images)
+    vae.save_pretrained(folder)
+    return vae
+
+
+def fit_autoencoder(
+    vae: AutoencoderKL,
+    draw: Callable[[int, int], Tensor],
+    config: TrainConfig,
+    work: Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+) -> AutoencoderKL:
+    """Train an autoencoder on the pictures (B, 3, H, W) in [-1, 1] that `draw(count, seed)` makes; returns it on the CPU."""
+
     def loss(model: Any, generator: torch.Generator, step: int) -> Tensor:
-        seed = int(torch.randint(2**31, (), generator=generator))
-        x = digits.draw("train", config.batch_size, seed=seed, augment="strong").images
-        x = x.to(device)
+        x = draw(config.batch_size, int(torch.randint(2**31, (), generator=generator))).to(device)
         posterior = model.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         error = model.decode(posterior.mean + posterior.std * noise).sample.float() - x
         return error.abs().mean() + error.square().mean() + KL_WEIGHT * posterior.kl().mean()
 
-    vae = fit(vae, loss, config, folder / "training", name="autoencoder", resume=resume, device=device).to("cpu")
-    with torch.inference_mode():
-        z = vae.encode(digits.draw("train", 2000, seed=1, augment="mild").images).latent_dist.mean
+    return fit(vae, loss, config, work, name="autoencoder", resume=resume, device=device).to("cpu")
+
+
+@torch.inference_mode()
+def set_scaling_factor(vae: AutoencoderKL, images: Tensor) -> None:
+    """Make the latents of images (N, 3, H, W) have unit variance, over all channels together."""
+    z = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(512)])
     vae.register_to_config(scaling_factor=round(1 / z.std().item(), 5))
-    vae.save_pretrained(folder)
-    return vae
 
 
 @torch.inference_mode()
