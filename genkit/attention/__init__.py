@@ -6,6 +6,9 @@ from genkit._lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "fused": ["attend"],
         "guard": ["strict"],
+        "probe": ["Probe", "attend_probe"],
+        "statistics": ["attention_kl", "log_sum_exp", "row_entropy", "row_statistic", "token_map"],
     },
 )

@@ -1,0 +1,78 @@
+"""Attention and its statistics together: output, log-sum-exp, row entropy, and the head-averaged map of some keys.
+
+On a CUDA device Triton's `attend_probe` computes them in one pass (not run on a GPU yet); elsewhere algebra on fused calls does:
+
+    out, LSE      one fused call
+    entropy       one more, with keys as values (`genkit.attention.statistics`)
+    map           p_ij = exp(s_ij - LSE_i) for the selected keys alone, (L, J) numbers a head
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from genkit.attention.fused import attend
+from genkit.attention.shapes import check, check_keys
+from genkit.attention.statistics import Keys, row_entropy
+
+
+class Probe(NamedTuple):
+    """What `attend_probe` returns.
+
+    Args:
+        out: attention's output (B, H, L, E).
+        lse: log-sum-exp of the logits (B, H, L), in nats.
+        entropy: of each row (B, H, L), in nats; None if it was not wanted.
+        map: attention to the selected keys (B, L, J), averaged over heads; None if there are none.
+    """
+
+    out: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    map: Tensor | None
+
+
+def attend_probe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Keys | None = None,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    entropy: bool = True,
+) -> Probe:
+    """Softmax attention with its statistics; all of them differentiable, once.
+
+    Args:
+        q, k, v: queries (B, H, L, D), keys (B, H, S, D) and values (B, H, S, E).
+        keys: J positions of keys, or J for each sample (B, J), whose map is wanted.
+        mask, scale: as of `genkit.attention.attend`; with `entropy`, see also `row_entropy`.
+        entropy: whether the rows' entropy is wanted.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or keys out of range; the message names the shapes.
+
+    Example:
+        >>> out, lse, entropy, map_BLJ = attend_probe(q, k, v, keys=[1, 2])
+    """
+    added = check(q, k, v, mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    chosen = None if keys is None else check_keys(keys, k.shape[2], len(k), k.device)
+    out, lse = attend(q, k, v, mask=added, scale=scale)
+    rows = row_entropy(q, k, mask=added, scale=scale) if entropy else None
+    return Probe(out, lse, rows, None if chosen is None else _map(q, k, chosen, lse, added, scale))
+
+
+def _map(q: Tensor, k: Tensor, keys: Tensor, lse: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """exp(s - LSE) (B, L, J) at the selected keys, averaged over heads."""
+    rows = keys.expand(len(k), -1)  # (B, J)
+    index = rows[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+    logits = scale * (q.to(lse.dtype) @ k.gather(2, index).to(lse.dtype).transpose(-1, -2))
+    if mask is not None:
+        logits = logits + mask.expand(len(k), -1, -1, -1).gather(3, rows[:, None, None].expand(-1, *mask.shape[1:3], -1))
+    empty = lse == float("-inf")
+    return torch.exp(logits - lse.masked_fill(empty, float("inf"))[..., None]).mean(1)
