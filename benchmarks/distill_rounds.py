@@ -35,12 +35,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from clock import seconds
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from genkit.data import digits
@@ -57,6 +55,7 @@ from genkit.distill.sources import TeacherTaps
 from genkit.distill.trainer import DistillTrainer
 from genkit.features.taps import resolve_taps
 from genkit.files import write_atomic
+from genkit.measuring import added_bytes, seconds
 from genkit.pipelines import GuidedPipeline
 
 CONFIG = {"r1": 0.0, "steps": 1000, "checkpoint_every": 0, "preview_every": 0}
@@ -246,23 +245,6 @@ def bytes_of(held: list[Any]) -> int:
             tensors += [value for state in item.state.values() for value in state.values() if isinstance(value, Tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
-
-
-def added_bytes(function: Callable[[], Any]) -> int:
-    """The most that a call allocates at any time, beyond what is there before."""
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        function()
-    events = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
-    now = most = 0
-    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
-        now += size
-        most = max(most, now)
-    return most
 
 
 def encoding_share(pipe: Any) -> float:

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock import seconds
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +34,7 @@ from rich.table import Table
 from genkit import zoo
 from genkit.files import write_atomic
 from genkit.images import contact_sheet, save_png
+from genkit.measuring import seconds
 from genkit.metrics.frechet import frechet_distance
 from genkit.metrics.manifold import manifold_metrics
 from genkit.pipelines import GuidedPipeline

@@ -2,8 +2,8 @@
 
 On a CUDA device Triton's `attend_probe` computes them in one pass (not run on a GPU yet); elsewhere algebra on fused calls does:
 
-    out, LSE      one fused call
-    entropy       one more, with keys as values (`genkit.attention.statistics`)
+    out           one fused call
+    LSE, entropy  one, with keys as values (`genkit.attention.statistics`); without entropy, LSE comes with the output
     map           p_ij = exp(s_ij - LSE_i) for the selected keys alone, (L, J) numbers a head
 """
 
@@ -16,20 +16,20 @@ from torch import Tensor
 
 from genkit.attention.fused import attend
 from genkit.attention.shapes import check, check_keys
-from genkit.attention.statistics import Keys, row_entropy
+from genkit.attention.statistics import Keys, entropy_and_lse
 
 
 class Probe(NamedTuple):
     """What `attend_probe` returns.
 
     Args:
-        out: attention's output (B, H, L, E).
+        out: attention's output (B, H, L, E); None if there were no values.
         lse: log-sum-exp of the logits (B, H, L), in nats.
         entropy: of each row (B, H, L), in nats; None if it was not wanted.
         map: attention to the selected keys (B, L, J), averaged over heads; None if there are none.
     """
 
-    out: Tensor
+    out: Tensor | None
     lse: Tensor
     entropy: Tensor | None
     map: Tensor | None
@@ -38,7 +38,7 @@ class Probe(NamedTuple):
 def attend_probe(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None = None,
     keys: Keys | None = None,
     *,
     mask: Tensor | None = None,
@@ -48,7 +48,8 @@ def attend_probe(
     """Softmax attention with its statistics; all of them differentiable, once.
 
     Args:
-        q, k, v: queries (B, H, L, D), keys (B, H, S, D) and values (B, H, S, E).
+        q, k: queries (B, H, L, D) and keys (B, H, S, D).
+        v: values (B, H, S, E), or None where the output is not wanted.
         keys: J positions of keys, or J for each sample (B, J), whose map is wanted.
         mask, scale: as of `genkit.attention.attend`; with `entropy`, see also `row_entropy`.
         entropy: whether the rows' entropy is wanted.
@@ -62,8 +63,12 @@ def attend_probe(
     added = check(q, k, v, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = None if keys is None else check_keys(keys, k.shape[2], len(k), k.device)
-    out, lse = attend(q, k, v, mask=added, scale=scale)
-    rows = row_entropy(q, k, mask=added, scale=scale) if entropy else None
+    out = rows = None
+    if v is not None or not entropy:
+        out, lse = attend(q, k, k.detach() if v is None else v, mask=added, scale=scale)
+    if entropy:
+        rows, lse = entropy_and_lse(q, k, added, scale)
+    out = None if v is None else out
     return Probe(out, lse, rows, None if chosen is None else _map(q, k, chosen, lse, added, scale))
 
 

@@ -104,8 +104,11 @@ def row_entropy(q: Tensor, k: Tensor, *, mask: Tensor | None = None, scale: floa
     Raises:
         ValueError: shapes that do not fit, or such a mask.
     """
-    added = check(q, k, None, mask)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return entropy_and_lse(q, k, check(q, k, None, mask), q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
+
+
+def entropy_and_lse(q: Tensor, k: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """`row_entropy` and `log_sum_exp` by one call; what it is given has been checked."""
     values, extra = k.detach(), None
     if added is not None:
         finite = added.masked_fill(added == float("-inf"), 0)
@@ -116,8 +119,8 @@ def row_entropy(q: Tensor, k: Tensor, *, mask: Tensor | None = None, scale: floa
     mean_logit = scale * (q.detach() * means[..., : k.shape[-1]].to(lse.dtype)).sum(-1)
     if extra is not None:
         mean_logit = mean_logit + means[..., -1].to(lse.dtype)
-    lse = lse.detach()
-    return torch.where(lse == float("-inf"), 0, lse - mean_logit)
+    fixed = lse.detach()
+    return torch.where(fixed == float("-inf"), 0, fixed - mean_logit), lse
 
 
 def attention_kl(

@@ -131,6 +131,19 @@ def test_half_precision(dtype, tolerance):
         torch.testing.assert_close(value.double(), reference, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("kind", MASKS)
+def test_without_values_or_entropy(kind):
+    q, k, v = tensors((2, 3, 37, 23, 40))
+    mask = mask_of(kind, (2, 3, 37, 23, 40))
+    whole = attend_probe(q, k, v, [3], mask=mask)
+    for values in (v, None):
+        for entropy in (True, False):
+            probe = attend_probe(q, k, values, [3], mask=mask, entropy=entropy)
+            assert (probe.out is None, probe.entropy is None) == (values is None, not entropy)
+            for value, expected in zip(probe, whole, strict=True):
+                assert value is None or torch.allclose(value, expected, atol=1e-6)
+
+
 def test_output_is_that_of_the_fused_call_bit_by_bit():
     q, k, v = tensors((2, 3, 37, 23, 40))
     assert torch.equal(attend_probe(q, k, v, [3]).out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
