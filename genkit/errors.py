@@ -17,3 +17,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return ValueError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names) or 'none'}.")
+
+
+class UnfusedAttentionError(RuntimeError):
+    """Attention that was to be fused is not; the message names the module, the reason and the remedy."""

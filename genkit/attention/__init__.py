@@ -6,9 +6,12 @@ from genkit._lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "auditing": ["audit"],
         "fused": ["attend"],
-        "guard": ["strict"],
+        "guard": ["AttentionLog", "jvp_fallback", "second_order", "strict"],
+        "linting": ["Finding", "lint"],
         "probe": ["Probe", "attend_probe"],
+        "report": ["AttentionReport", "ModuleAttention"],
         "statistics": ["attention_kl", "log_sum_exp", "row_entropy", "row_statistic", "token_map"],
     },
 )
