@@ -139,3 +139,42 @@ def _is_group_offloaded(module: torch.nn.Module) -> bool:
     """Group offloading sits on blocks or leaves, not on the component itself."""
     registries: list[Any] = [m._diffusers_hook for m in module.modules() if hasattr(m, "_diffusers_hook")]
     return any(registry.get_hook("group_offloading") is not None for registry in registries)
+
+
+_PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SanaAttnProcessor2_0")
+
+
+def cross_attentions(network: Any) -> list[Any]:
+    """A network's attentions to its text, if keys and values are `to_k(text)` and `to_v(text)` in all of them, and nothing else (a
+    compiler, a hook, a foreign processor) has its hands in the network; otherwise none.
+    """
+    from diffusers.models.attention_processor import Attention
+
+    modules: list[Any] = list(network.modules())
+    changed = any(hasattr(m, "_diffusers_hook") or m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules)
+    if changed or network.config.get("dual_cross_attention"):  # which gives each attention a part of the text
+        return []
+    attentions = [m for m in modules if isinstance(m, Attention) and m.is_cross_attention]
+    return attentions if all(_is_plain(a) for a in attentions) else []
+
+
+def _is_plain(attention: Any) -> bool:
+    extras = ("group_norm", "spatial_norm", "norm_cross", "add_k_proj")
+    return (
+        type(attention.processor).__name__ in _PLAIN_PROCESSORS
+        and not getattr(attention, "fused_projections", False)
+        and all(getattr(attention, name, None) is None for name in extras)
+    )
+
+
+def attention_backend(processor: Any) -> str | None:
+    """What a processor of a model on diffusers' dispatcher computes attention with, by name; None for processors that are not.
+
+    A backend of None means the default of the process, which `set_attention_backend` of any model changes for all.
+    """
+    if not hasattr(processor, "_attention_backend"):
+        return None
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    backend = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+    return str(getattr(backend, "value", backend))

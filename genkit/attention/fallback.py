@@ -2,7 +2,7 @@
 
 `scaled_dot_product_attention` (SDPA) chooses a kernel anew in each call. Where no fused one takes the call it runs
 `aten::_scaled_dot_product_attention_math`, silently: matmul, softmax, matmul, with the whole L x S matrix in memory. While anyone
-listens, that operator has a kernel of ours in front of its own, which reports the call and then runs the very same code. So watching
+listens, that operator has a kernel of ours in front of its own, which reports the call and then runs the very same code. Watching
 
     costs nothing where attention is fused, sees through an inner sdpa_kernel(MATH), and changes no bit of the result.
 

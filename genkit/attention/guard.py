@@ -5,7 +5,7 @@
     second_order()      a scope in which attention may be unfused, since no fused kernel has a derivative of its derivative
     jvp_fallback()      the same for forward-mode derivatives
 
-Guards are for the whole process, as `torch.nn.attention.sdpa_kernel` is. They may be nested: a strict one raises whatever is inside it.
+Guards are for the whole process, as `torch.nn.attention.sdpa_kernel` is. They nest: a strict one raises whatever is inside it.
 """
 
 from __future__ import annotations

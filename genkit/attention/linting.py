@@ -29,8 +29,8 @@ class Finding:
 
     Args:
         path: of the module.
-        kind: "never": unfused in every call; "grad": unfused while its parameters require gradients; "depends": on how it is called;
-            "unproven": what it runs cannot be seen.
+        kind: "never": unfused in every call; "grad": unfused while its parameters require gradients; "depends": on how it is
+            called; "unproven": what it runs cannot be seen.
         what: what it is.
         fix: what to change.
     """

@@ -31,7 +31,7 @@ class Place:
 
 
 def modules_of(*models: Any) -> dict[str, nn.Module]:
-    """The modules of pipelines (of diffusers or genkit), denoisers and modules, by name: "unet", "vae", ..., or the class's name."""
+    """The modules of pipelines (of diffusers or genkit), denoisers and modules, by name: "unet", "vae", or a module's class."""
     found: dict[str, nn.Module] = {}
     for model in models:
         if isinstance(model, nn.Module):

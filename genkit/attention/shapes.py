@@ -76,6 +76,20 @@ def check_keys(keys: Sequence[int] | Tensor, count: int, batch: int, device: tor
     return chosen % count
 
 
+def check_tangents(**pairs: tuple[Tensor, Tensor]) -> None:
+    """Check that tangents are as their primals.
+
+    Args:
+        pairs: (primal, tangent) by the primal's name.
+
+    Raises:
+        ValueError: one has another shape or dtype; the message names both.
+    """
+    for name, (primal, tangent) in pairs.items():
+        if (tangent.shape, tangent.dtype) != (primal.shape, primal.dtype):
+            raise ValueError(f"The tangent of {name} must be like {name}, {_shown(primal)}; it is {_shown(tangent)}.")
+
+
 def _added(mask: Tensor, q_BHLD: Tensor, count: int) -> Tensor:
     """The mask as it is added to the logits, in four dimensions."""
     batch, heads, rows, _ = q_BHLD.shape
