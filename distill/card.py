@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,14 @@ def model_card(student: Denoiser, spec: FewStepSpec, *, lora: bool, found: Mappi
     guidance = "without classifier-free guidance" if spec.guidance_scale == 1 else f"with guidance_scale={spec.guidance_scale:g}"
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# A student of {Path(teacher).name} in {'1 step' if count == 1 else f'1 to {count} steps'}",
+        f"# {'An inpainting' if spec.task == 'inpaint' else 'A'} student of {Path(teacher).name} in "
+        + ("1 step" if count == 1 else f"1 to {count} steps"),
         f"Distilled from `{teacher}` by {spec.method}, to be sampled {guidance}."
         + (" A LoRA: it needs its teacher's weights." if lora else ""),
         "## How to call it",
         "With diffusers. Other calls visit other levels than those it was trained at, and show it.",
         _fenced(stock_code(student, spec, lora=lora)),
-        "With genkit, which finds the levels by itself:",
-        _fenced(_genkit_code(student, spec)),
+        *_other_ways(student, spec),
         "## Levels",
         f"Fractions of the training time, 1 is pure noise: {', '.join(f'{u:g}' for u in spec.levels)}. "
         f"From one to the next: {spec.sampler}. `genkit_distill.json` says the same to programs.",
@@ -59,6 +59,8 @@ def stock_code(student: Denoiser, spec: FewStepSpec, *, lora: bool) -> str:
     """Python that samples an exported student with diffusers, in each number of steps that the release gate tried."""
     pipe, scheduler = type(student.pipe).__name__, type(student.pipe.scheduler).__name__
     lines = [f"from diffusers import {', '.join(sorted([pipe, scheduler] if lora else [pipe]))}"]
+    if spec.task == "inpaint":
+        lines += ["from PIL import Image"]
     if lora and spec.teacher in zoo.names():
         lines += ["import genkit.zoo"]
     if student.family == "DiT":
@@ -72,14 +74,28 @@ def stock_code(student: Denoiser, spec: FewStepSpec, *, lora: bool) -> str:
         lines += [f'pipe.scheduler = {scheduler}.from_pretrained("{HERE}", subfolder="scheduler")']
     if student.family == "DiT":
         lines += ["use_original_time_embedding(pipe.transformer)  # the frequencies that it was trained with"]
+    if spec.task == "inpaint":
+        lines += [
+            'picture, mask = Image.open("picture.png").convert("RGB"), Image.open("mask.png").convert("L")  # white: to paint'
+        ]
     for count in gate.counts(spec):
         steps = f"{count} step{'s' if count > 1 else ''}"
         call = gate.stock_call(student, spec, count)
         if call is None:
             lines += [f"# {pipe} cannot do it in {steps}: use genkit."]
             continue
-        lines += [f"image = pipe({_arguments(student, call)}).images[0]  # {steps}"]
+        what = _arguments(student, call, ["image=picture", "mask_image=mask"] if spec.task == "inpaint" else [])
+        lines += [f"image = pipe({what}).images[0]  # {steps}"]
+    if spec.task == "inpaint":
+        lines += ["image = pipe.image_processor.apply_overlay(mask, picture, image)  # what is not masked, to the pixel"]
     return "\n".join(lines)
+
+
+def _other_ways(student: Denoiser, spec: FewStepSpec) -> list[str]:
+    """What else can sample it; for inpainting there are the pipelines of diffusers."""
+    if spec.task == "inpaint":
+        return [f"The mask's edges should be at multiples of {student.factor} pixels, where latents begin."]
+    return ["With genkit, which finds the levels by itself:", _fenced(_genkit_code(student, spec))]
 
 
 def _genkit_code(student: Denoiser, spec: FewStepSpec) -> str:
@@ -88,11 +104,11 @@ def _genkit_code(student: Denoiser, spec: FewStepSpec) -> str:
     return f"{load}\nimage = pipe({call}).images[0]"
 
 
-def _arguments(student: Denoiser, call: Mapping[str, Any]) -> str:
-    """A call's arguments as code, with something to draw."""
+def _arguments(student: Denoiser, call: Mapping[str, Any], more: Sequence[str] = ()) -> str:
+    """A call's arguments as code, with something to draw, and `more` of them."""
     first = {name: values[:1] for name, values in gate.subject(student).items()}
     subject = [f'"{value[0]}"' if name == "prompt" else f"{name}={value}" for name, value in first.items()]
-    return ", ".join(subject + [f"{name}={_literal(value)}" for name, value in call.items()])
+    return ", ".join([*subject, *more] + [f"{name}={_literal(value)}" for name, value in call.items()])
 
 
 def _fenced(code: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from genkit.distill.samplers import LevelSampler, NoiseSampler
+from genkit.distill.spec import TASKS
 from genkit.errors import unknown
 
 METHODS = ("ladd", "add")
@@ -44,11 +45,12 @@ class DistillConfig:
             themselves, which at level 1 are those that the teacher makes of the same noise (needs paired data; AMD's Nitro-1).
         distillation_weight, distillation_space, distillation_guidance: "alpha", "sds" or "const"; "latent" or "pixel"; scale of
             classifier-free guidance in the teacher.
-        encoder: image encoder of ADD: a timm ViT, or an embedded classifier.
+        encoder, augment: image encoder of ADD, a timm ViT or an embedded classifier; whether it sees pictures recoloured, moved and
+            cut out at random, which keeps heads from learning a small data set by heart, and makes them learn more slowly.
         task: "generate"; "inpaint": the student gets random masks and what is outside of them, as Stable Diffusion's inpainting
-            networks do, and only the inside is its own.
-        init: what the student starts from instead of the teacher: a run (its averaged student), a folder of a network, or of a
-            pipeline that has one.
+            networks do, and only the inside is its own. The noise is always fresh then, so `reconstruction` needs no pairs.
+        init: what the student starts from instead of the teacher: a run (its averaged student), a folder of a network, or an
+            embedded model or a folder of a pipeline that has one.
         lora_rank: 0 trains all weights, else adapters of this rank.
         lr, disc_lr: learning rates of AdamW, betas (0, 0.99); `lr` defaults to 1e-5, or 5e-5 for LoRA.
         lr_scheduler, lr_warmup: of `SCHEDULES`, and its warm-up in rounds.
@@ -93,6 +95,7 @@ class DistillConfig:
     distillation_space: str = "latent"
     distillation_guidance: float = 1.0
     encoder: str = ""
+    augment: bool = True
     task: str = "generate"
     init: str = ""
     lora_rank: int = 0
@@ -124,7 +127,7 @@ class DistillConfig:
         for name, known in (
             ("gan", ("hinge", "softplus", "lsgan")), ("head", ("conv2d", "mlp", "stylegan-t")),
             ("distillation_weight", ("alpha", "sds", "const")), ("distillation_space", ("latent", "pixel")),
-            ("mixed_precision", ("no", "bf16")), ("task", ("generate", "inpaint")), ("lr_scheduler", SCHEDULES),
+            ("mixed_precision", ("no", "bf16")), ("task", TASKS), ("lr_scheduler", SCHEDULES),
         ):  # fmt: skip
             value = getattr(self, name)
             if value == "fp16" and name == "mixed_precision":

@@ -16,6 +16,7 @@ from genkit import noise as noises
 from genkit.denoisers import Cond, Denoiser
 from genkit.distill.config import DistillConfig
 from genkit.distill.data import LatentDataset, batch_rows
+from genkit.distill.masks import masked, random_masks
 from genkit.distill.networks import condition_vector
 from genkit.distill.samplers import LevelSampler, NoiseSampler
 from genkit.ranks import Ranks
@@ -78,7 +79,9 @@ class Draws:
                 "micro-batches."
             )
         batch_rows(data, config.batch_size, config.seed, 0)  # refuses a batch that the data cannot fill
-        if config.reconstruction:
+        # What is outside of a mask does not go with the noise that a sample came from, so inpainting has fresh noise.
+        self.paired = config.reconstruction > 0 and config.task == "generate"
+        if self.paired:
             data.noise([0])  # refuses data that holds no pairs
         self.data, self.denoiser, self.config, self.ranks = data, denoiser, config, ranks
         self.levels = LevelSampler(config.levels, config.level_probs, config.warmup_probs, config.warmup_steps)
@@ -113,13 +116,13 @@ class Draws:
         vector = self._vector(cond, x0)
         here, there = slice(len(mine)), slice(len(mine), None)
         eps_student, eps_real, eps_fake, eps_teacher, eps_perturb = self._normal(mine, x0, step, attempt)
-        if config.reconstruction:
+        if self.paired:
             pure = (u[mine] >= 1).to(x0.device).reshape(-1, *[1] * (x0.ndim - 1))
             eps_student = torch.where(pure, self.data.noise([rows[i] for i in mine]).to(x0), eps_student)
         own = cond[here] if cond.tensors else cond
         mask = random_masks(mine, step, config.seed, x0.shape[-2:]).to(x0) if config.task == "inpaint" else None
         return Draw(
-            x0, own if mask is None else masked(own, x0, mask), mask, own.without_concat(),
+            x0, own if mask is None else masked(own, x0, mask, self.denoiser), mask, own.without_concat(),
             cond[there].without_concat() if self.mismatched else None, vector[here], vector[there],
             u[mine], eps_student, u_real[mine], eps_real, u_fake[mine], eps_fake, u_teacher[mine], eps_teacher, eps_perturb,
         )  # fmt: skip
@@ -146,23 +149,3 @@ class Draws:
         """Noises like x0, one for each use within a round, for items of its global batch."""
         key = noises.mix((self.config.seed << 32) + step, noises.TRAINING + 1 + 97 * attempt) << 32
         return noises.normal([key | i for i in items], (USES, *x0.shape[1:]), noises.TRAINING).to(x0).unbind(1)
-
-
-def masked(cond: Cond, x0: Tensor, mask: Tensor) -> Cond:
-    """The condition of an inpainting student: behind the sample the mask (B, 1, h, w), then x0 (B, c, h, w) outside of it."""
-    return cond.with_concat(torch.cat([mask, (1 - mask) * x0], dim=1))
-
-
-def random_masks(items: Sequence[int], step: int, seed: int, size: Sequence[int]) -> Tensor:
-    """Masks (B, 1, h, w) of the latents' size (h, w), 1 where to paint: rectangles of a quarter to the full length of each side,
-    an eighth of them everything; a function of (item, step, seed)."""
-    masks = torch.zeros(len(items), 1, *size)
-    for mask, item in zip(masks, items, strict=True):
-        generator = torch.Generator().manual_seed(noises.mix((seed << 32) + step, noises.TRAINING + 60) ^ item)
-        whole, share_h, share_w, top, left = torch.rand(5, generator=generator).tolist()
-        height, width = (max(1, round((0.25 + 0.75 * share) * side)) for share, side in zip((share_h, share_w), size, strict=True))
-        y, x = round(top * (size[0] - height)), round(left * (size[1] - width))
-        mask[:, y : y + height, x : x + width] = 1
-        if whole < 1 / 8:
-            mask[:] = 1
-    return masks

@@ -16,11 +16,12 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
+from diffusers import AutoPipelineForInpainting, DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from safetensors import SafetensorError
 
 from genkit.denoisers import Denoiser
 from genkit.denoisers.base import network_name
+from genkit.denoisers.registry import find
 from genkit.distill import gate
 from genkit.distill.card import model_card
 from genkit.distill.schedule import scheduler_for
@@ -31,6 +32,8 @@ from genkit.files import prepare_folder
 from genkit.pipelines import GuidedPipeline
 
 FORMATS = ("pipeline", "lora")
+# Whose inpainting pipelines take mask and masked latents as channels behind the sample.
+PAINTERS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
 
 
 def export_pipeline(
@@ -62,7 +65,7 @@ def export_pipeline(
     Raises:
         ValueError: what was written does not sample as the trainer does, and by how much; `out` has something in it; a network
             without adapters for a "lora"; a family whose stock pipeline loads no LoRA, or for which diffusers has no few-step
-            scheduler. Nothing is left behind.
+            scheduler, or no pipeline for an inpainting student. Nothing is left behind.
         OSError: it cannot be written.
 
     Example:
@@ -71,25 +74,28 @@ def export_pipeline(
     """
     host = teacher.host if isinstance(teacher, GuidedPipeline) else teacher
     out = Path(out)
-    _check(host, network, out, format)
+    _check(host, network, spec, out, format)
     scheduler = scheduler_for(host.scheduler, spec.levels, spec.sampler)
     network = copy.deepcopy(network).float().eval().requires_grad_(False)
     with _appearing(out) as folder:
         if format == "lora":
             _write_lora(host, network, folder, dtype)
             scheduler.save_pretrained(folder / "scheduler")
-            student = _with(host, network, host.scheduler)
+            student = find(host)(_with(host, network, host.scheduler))
             exported = _with_lora(_with(host, copy.deepcopy(Denoiser.of(host).network), host.scheduler), folder)
         else:
             if _has_adapters(network):
                 network.fuse_lora()
                 network.unload_lora()
-            pipe = _write_pipeline(_with(host, network, scheduler), folder, dtype)
-            student = _with(pipe, network, host.scheduler)
+            pipe = _with(host, network, scheduler)
+            if spec.task == "inpaint":
+                pipe = AutoPipelineForInpainting.from_pipe(pipe)
+            pipe = _write_pipeline(pipe, folder, dtype)
+            student = find(host)(_with(pipe, network, host.scheduler))
             exported = type(pipe).from_pretrained(folder, dtype=torch.float32).to(host.device)
         spec.save(folder)
-        found = _pass_gate(Denoiser.of(student), exported, spec)
-        card = model_card(Denoiser.of(exported), spec, lora=format == "lora", found=found, figures=figures or {})
+        found = _pass_gate(student, exported, spec)
+        card = model_card(type(student)(exported), spec, lora=format == "lora", found=found, figures=figures or {})
         (folder / "README.md").write_text(card, encoding="utf-8")
     return found
 
@@ -120,7 +126,7 @@ def load_distilled(folder: str | Path, teacher: str | Path | None = None, **argu
     return pipe
 
 
-def _check(host: DiffusionPipeline, network: Any, out: Path, format: str) -> None:
+def _check(host: DiffusionPipeline, network: Any, spec: FewStepSpec, out: Path, format: str) -> None:
     """What can be refused before anything is copied."""
     name = type(host).__name__
     if format not in FORMATS:
@@ -129,6 +135,11 @@ def _check(host: DiffusionPipeline, network: Any, out: Path, format: str) -> Non
         raise ValueError("The student has no LoRA adapters: all its weights were trained. Use --format pipeline.")
     if format == "lora" and not hasattr(host, "save_lora_weights"):
         raise ValueError(f"{name} of diffusers loads no LoRA. Use --format pipeline, which merges it.")
+    if spec.task == "inpaint" and name not in PAINTERS:
+        raise ValueError(
+            f"diffusers has no pipeline for an inpainting student of {name}, only for those of {', '.join(PAINTERS)}. "
+            "Its network is in the run's checkpoint, in student_ema."
+        )
     if out.is_file():
         raise NotADirectoryError(f"The output path {str(out)!r} is a file. Name a folder.")
     if out.is_dir() and any(out.iterdir()):
@@ -174,7 +185,7 @@ def _with_lora(pipe: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
 
 def _write_pipeline(pipe: DiffusionPipeline, folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     """Save a pipeline in a dtype; returns it in float32, with weights rounded as they were saved."""
-    network = Denoiser.of(pipe).network
+    network = getattr(pipe, network_name(pipe))
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     if dtype != torch.float32:
         # The teacher's own must not be rounded. The network is a copy already.

@@ -1,7 +1,8 @@
 """The release gate: does an exported student, loaded again from disk, draw what the trainer's sampler draws?
 
 Twice, in 1, 2, 4, ... steps, with the same noise on both sides and in float32: with the stock pipeline, called as the model card
-says, and with `GuidedPipeline`.
+says, and with `GuidedPipeline`. A student that paints into masks is tried with the stock pipeline alone, on the lower half of some
+pictures.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch import Tensor
 from genkit import noise
 from genkit.denoisers import Denoiser
 from genkit.denoisers.flux import pack, unpack
+from genkit.distill.masks import lower_half
 from genkit.distill.path import Path
 from genkit.distill.schedule import sample_levels, set_levels
 from genkit.distill.spec import FewStepSpec
@@ -59,6 +62,8 @@ def stock_call(denoiser: Denoiser, spec: FewStepSpec, count: int) -> dict[str, A
             call |= {"true_cfg_scale": spec.guidance_scale, "negative_prompt": ""}
     elif "guidance_scale" in accepted:
         call["guidance_scale"] = spec.guidance_scale
+    if spec.task == "inpaint":
+        call["strength"] = 1.0  # from pure noise, which is not the default of every family
     if spec.height is not None and "height" in accepted:
         call |= {"height": spec.height, "width": spec.width}
     return call
@@ -76,9 +81,12 @@ def differences(student: Denoiser, exported: DiffusionPipeline, spec: FewStepSpe
         Which pipeline ("stock" or "genkit"), the number of steps, and the largest difference between two samples over their root
         mean square. Where the stock pipeline cannot be called for these levels there is no entry for it.
     """
+    exported.set_progress_bar_config(disable=True)
+    if spec.task == "inpaint":
+        yield from _painted_differences(student, type(student)(exported), spec)
+        return
     guided = GuidedPipeline.from_pipe(exported)
     guided.student = spec
-    exported.set_progress_bar_config(disable=True)
     shape = guided.denoiser.latent_shape(spec.height, spec.width)
     for count in counts(spec):
         call = stock_call(guided.denoiser, spec, count)
@@ -91,10 +99,31 @@ def differences(student: Denoiser, exported: DiffusionPipeline, spec: FewStepSpe
         yield "genkit", count, _distance(x, _trained(student, spec, count, _seeded_noise(student, shape, count)))
 
 
-def _trained(student: Denoiser, spec: FewStepSpec, count: int, drawn: list[Tensor]) -> Tensor:
+def _painted_differences(student: Denoiser, exported: Denoiser, spec: FewStepSpec) -> Iterator[tuple[str, int, float]]:
+    """The same for a student that gets a mask and what is outside of it."""
+    size = [side * student.factor for side in student.latent_shape(spec.height, spec.width)[-2:]]
+    pictures, mask = noise.normal(_SEEDS, (3, *size)).to(student.device).sigmoid(), lower_half(len(_SEEDS), size, student.device)
+    codec: Any = student.codec  # all families that have such a pipeline have one
+    for count in counts(spec):
+        call = stock_call(exported, spec, count)
+        if call is None:
+            continue
+        like = codec.encode(pictures)
+        with _seeded(student):  # in the order in which the pipelines draw: initial noise, the VAE's, that of each step
+            first = torch.randn(like.shape, device=like.device)
+            rest = codec.encode((2 * pictures - 1) * (1 - mask), _default_generator(like.device))
+            drawn = [first, *(torch.randn_like(first) for _ in range(count - 1))]
+        concat = torch.cat([F.interpolate(mask, size=like.shape[-2:]), rest], dim=1)
+        call |= {"image": pictures, "mask_image": mask}
+        yield "stock", count, _distance(_stock(exported, call, like.shape[1:]), _trained(student, spec, count, drawn, concat))
+
+
+def _trained(student: Denoiser, spec: FewStepSpec, count: int, drawn: list[Tensor], concat: Tensor | None = None) -> Tensor:
     """Clean samples (B, C, h, w) by the trainer's sampler."""
     names = {"prompt": "prompts", "class_labels": "labels"}
     cond = student.condition(**{names[name]: value for name, value in subject(student).items()})
+    if concat is not None:
+        cond = cond.with_concat(concat)
 
     def x0_of(x: Tensor, level: Level) -> Tensor:
         return student(x, level, cond if cond.tensors else None, guidance_scale=spec.guidance_scale).x0
@@ -134,6 +163,11 @@ def _seeded_noise(student: Denoiser, shape: Sequence[int], count: int) -> list[T
     generators, size = noise.generators(_SEEDS, noise.SAMPLER), (len(_SEEDS), *shape)
     steps = [randn_tensor(size, generator=generators, device=student.device, dtype=torch.float32) for _ in range(count - 1)]
     return [noise.normal(_SEEDS, shape).to(student.device), *steps]
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    """The generator from which tensors on a device are drawn where none is given."""
+    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from genkit import noise as noises
 from genkit.console import console
 from genkit.denoisers.modes import evaluating
-from genkit.distill.draws import masked
+from genkit.distill.masks import lower_half, masked
 from genkit.distill.path import renoise, steps_of
 from genkit.images import contact_sheet, save_png
 
@@ -100,22 +100,25 @@ class Monitor:
 
     @torch.no_grad()
     def preview(self) -> Path | None:
-        """Pictures of the averaged student at 1, 2 and 4 steps from fixed noise, under the teacher's; `previews/step-N.png`."""
+        """Pictures of the averaged student at 1, 2 and 4 steps from fixed noise, under the teacher's, or under those whose lower
+        half it paints; `previews/step-N.png`."""
         trainer = self.trainer
         count = min(trainer.config.preview_count, len(trainer.draws.data))
         if not trainer.ranks.leads or not count:
             return None
         # The first rows of one shape.
         rows = next(iter(trainer.draws.data.buckets.values()))[:count]
-        x0, cond = trainer.draws.data.latents(rows), trainer.draws.data.condition(trainer.teacher.denoiser, rows)
-        if self._teacher_pictures is None:
-            self._teacher_pictures = self._teacher(x0, cond.without_concat())
+        denoiser = trainer.teacher.denoiser
+        x0, cond = trainer.draws.data.latents(rows).to(denoiser.device), trainer.draws.data.condition(denoiser, rows)
         mask = None
         if trainer.config.task == "inpaint":
-            mask = torch.zeros_like(x0[:, :1])
-            mask[..., x0.shape[-2] // 2 :, :] = 1  # the lower half
-            cond = masked(cond, x0, mask)
-        pictures = {f"teacher, {TEACHER_STEPS} steps": self._teacher_pictures}
+            mask = lower_half(len(x0), x0.shape[-2:], x0.device)
+            cond = masked(cond, x0, mask, denoiser)
+            pictures = {"data": denoiser.decode(x0)}
+        else:
+            if self._teacher_pictures is None:
+                self._teacher_pictures = self._teacher(x0, cond.without_concat())
+            pictures = {f"teacher, {TEACHER_STEPS} steps": self._teacher_pictures}
         with trainer.averaged(), evaluating(trainer.student.network):
             for steps in [n for n in PREVIEW_STEPS if n <= len(trainer.config.levels)]:
                 samples = student_samples(trainer, x0.shape, cond, steps)

@@ -45,13 +45,13 @@ def feature_source(denoiser: Denoiser, draws: Draws, config: DistillConfig) -> F
         from genkit.classifiers import load_classifier
 
         classifier = load_classifier(config.encoder).to(denoiser.device)
-        return PixelEncoder(classifier, denoiser.codec, _named(config, CLASSIFIER_TAPS), size=32)
+        return PixelEncoder(classifier, denoiser.codec, _named(config, CLASSIFIER_TAPS), size=32, augment=config.augment)
     import timm
 
     if not timm.is_model(config.encoder):
         raise ValueError(f"Unknown encoder {config.encoder!r}: neither a model of timm nor an embedded classifier.")
     # With its pretrained weights.
-    source = PixelEncoder.timm(config.encoder, denoiser.codec, _named(config, (2, 5, 8, 11)))
+    source = PixelEncoder.timm(config.encoder, denoiser.codec, _named(config, (2, 5, 8, 11)), augment=config.augment)
     source.encoder.to(denoiser.device)
     return source
 

@@ -14,6 +14,7 @@ from genkit.errors import unknown
 
 FILE = "genkit_distill.json"
 SAMPLERS = ("renoise", "posterior", "ode")
+TASKS = ("generate", "inpaint")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class FewStepSpec:
         height, width: size in pixels that it was trained at, both or neither; None is the network's own.
         teacher: the model that it was distilled from: a name, a folder, or a repository of the Hub.
         steps: its default number of steps, 1 to K; by default K.
+        task: "generate", or "inpaint": it gets a mask and what is outside of it.
 
     Raises:
         ValueError: a field has the wrong type or range; the message names field and value.
@@ -47,6 +49,7 @@ class FewStepSpec:
     width: int | None = None
     teacher: str = ""
     steps: int | None = None
+    task: str = "generate"
 
     def __post_init__(self) -> None:
         levels = self.levels
@@ -60,6 +63,8 @@ class FewStepSpec:
                 raise ValueError(f"{name} must be text of at most 4,096 characters; got {getattr(self, name)!r:.100}.")
         if self.sampler not in SAMPLERS:
             raise unknown("sampler of a student", str(self.sampler), SAMPLERS)
+        if self.task not in TASKS:
+            raise unknown("task of a student", str(self.task), TASKS)
         if not _is_number(self.guidance_scale) or not 0 <= self.guidance_scale <= 1000:
             raise ValueError(f"guidance_scale must be a number from 0 to 1000, 1 for none; got {self.guidance_scale!r:.100}.")
         if (self.height is None) != (self.width is None):

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from genkit import zoo
 from genkit.checkpoints import check_folder, read_shapes
 from genkit.distill.spec import FewStepSpec
 
@@ -52,7 +54,7 @@ class TrainedRun:
 
     def spec(self, **replaced: str | None) -> FewStepSpec:
         """How the run's student samples; fields that are given and not None replace the run's own."""
-        names = ("method", "levels", "teacher", "height", "width", "sampler")
+        names = ("method", "levels", "teacher", "height", "width", "sampler", "task")
         fields = {name: self.config.get(name) for name in names} | {k: v for k, v in replaced.items() if v is not None}
         spec = FewStepSpec(**{name: value for name, value in fields.items() if value is not None})
         if not spec.teacher:
@@ -97,26 +99,35 @@ def start_from(init: str, network: Any) -> None:
     """Load the weights of an earlier student into a network, in place.
 
     Args:
-        init: a run, whose latest averaged student is taken; a folder of a network; or of a pipeline that has one.
+        init: a run, whose latest averaged student is taken; a folder of a network; or an embedded model or a folder of a pipeline
+            that has one. Input channels that it lacks (those of a mask) begin with zero weights.
 
     Raises:
         ValueError, FileNotFoundError: there is no student, or it is of another shape.
     """
-    folder = Path(init)
+    folder = zoo.path(init) if init in zoo.names() else Path(init)
     if (folder / "model_index.json").is_file():
         folder = folder / ("transformer" if (folder / "transformer").is_dir() else "unet")
     elif list(folder.glob("checkpoint-*")):
         folder = TrainedRun(folder).weights()
     try:
         check_folder(folder)
-        load_weights(folder, network)
+        load_weights(folder, network, widen=True)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"No student can start from {init!r}: {' '.join(str(error).split())[:300]}") from error
 
 
-def load_weights(folder: Path, network: Any) -> None:
-    """Load the weights that a network of the same class was saved with, in place and in float32."""
-    network.load_state_dict(type(network).from_pretrained(folder, dtype=torch.float32).state_dict())
+def load_weights(folder: Path, network: Any, *, widen: bool = False) -> None:
+    """Load the weights that a network of the same class was saved with, in place and in float32.
+
+    Args:
+        widen: convolutions of fewer input channels are good enough; the others' weights are zero.
+    """
+    weights, own = type(network).from_pretrained(folder, dtype=torch.float32).state_dict(), network.state_dict()
+    for name, value in weights.items():
+        if widen and name in own and value.ndim == 4 and value.shape[1] < own[name].shape[1]:
+            weights[name] = F.pad(value, (0, 0, 0, 0, 0, own[name].shape[1] - value.shape[1]))
+    network.load_state_dict(weights)
 
 
 def load_network(folder: Path, teacher: Any) -> Any:

@@ -27,7 +27,8 @@ def distill(
     teacher: Annotated[str, option(_WHAT, "An embedded model, a folder, or a Hub repository.")] = "digits",
     student: Annotated[str | None, option(_WHAT, "full, or lora:RANK on the teacher's own weights.", show_default="full")] = None,
     init: Annotated[
-        str | None, option(_WHAT, "Start from an earlier student: a run, or a folder of a network.", show_default="the teacher")
+        str | None,
+        option(_WHAT, "Start from an earlier student: a run, an embedded model, or a folder.", show_default="the teacher"),
     ] = None,
     task: Annotated[str | None, option(_WHAT, "generate or inpaint.", show_default="generate")] = None,
     recipe: Annotated[Path | None, option(_WHAT, "TOML file with settings; options on the command line win.")] = None,
@@ -53,6 +54,9 @@ def distill(
     head_width: Annotated[int | None, option(_DISC, "Channels inside a conv2d or mlp head.", min=1, show_default="256")] = None,
     encoder: Annotated[
         str | None, option(_DISC, "Of add: a timm ViT, or an embedded classifier.", show_default="vit_small_patch14_dinov2")
+    ] = None,
+    augment: Annotated[
+        bool | None, option(_DISC, "The encoder of add sees pictures recoloured, moved, cut out at random.", show_default="on")
     ] = None,
     mismatched: Annotated[
         bool | None, option(_DISC, "Real samples with others' prompts are fakes too.", show_default="on for ladd")
@@ -132,7 +136,7 @@ def distill(
         parsed = _levels(levels, level_probs)
         changes: dict[str, Any] = {
             "teacher": teacher, "init": init, "task": task, "disc_noise": disc_noise, "head": head, "head_width": head_width,
-            "encoder": encoder,
+            "encoder": encoder, "augment": augment,
             "mismatched": mismatched, "gan": gan, "r1": r1, "approximate_r1": approximate_r1, "distillation": distillation,
             "distillation_weight": distillation_weight, "distillation_guidance": distillation_guidance,
             "reconstruction": reconstruction, "adversarial": adversarial, "lr": lr, "disc_lr": disc_lr,

@@ -384,9 +384,10 @@ ADD = {
 def test_add(encoder, tmp_path):
     denoiser = denoiser_of("sd3")
     source = None if encoder == "digits-classifier" else PixelEncoder.timm(vit(), denoiser.codec, taps=(0, 3))
-    config = settings(**ADD | {"encoder": encoder})
+    config = settings(**ADD | {"encoder": encoder, "augment": False})
     trainer = DistillTrainer(denoiser, data_of(denoiser, tmp_path / "data"), config, tmp_path / "run", source=source)
     assert len(trainer.discriminator.heads) == (3 if source is None else 2)
+    assert trainer.discriminator.source.augment == (source is not None)  # a source that is given is as it is
     found = phases(trainer)
     assert set(found["student"]) == student_names(trainer)
     assert set(found["heads"]) == {name for name, _ in trainer.discriminator.named_parameters()}

@@ -83,8 +83,9 @@ def test_lora(line: list[str], tmp_path: Path) -> None:
 
 def test_add_with_an_embedded_classifier(line: list[str], tmp_path: Path) -> None:
     line[1] = "add"
-    document = json.loads(genkit(*line, "--encoder", "digits-classifier", "--steps", 1, "--json").stdout)
+    document = json.loads(genkit(*line, "--encoder", "digits-classifier", "--no-augment", "--steps", 1, "--json").stdout)
     assert document["taps"] == ["blocks.1", "blocks.2", "blocks.3"]
+    assert not document["config"]["augment"]
     assert document["config"]["distillation"] == 2.5
     assert document["config"]["distillation_space"] == "pixel"
 
