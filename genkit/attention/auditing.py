@@ -108,7 +108,7 @@ class Watch(TorchDispatchMode):
                 super().__exit__(None, None, None)
         if kind is Kind.OPAQUE or kind is Kind.UNFUSED:
             return self._whole(func, kind, args, kwargs)
-        inputs = [value for value in _tensors((args, kwargs)) if value.device.type != "meta"]
+        inputs = list(_tensors((args, kwargs)))
         output = func(*args, **kwargs)
         if kind is Kind.FUSED:
             self._fused(func, output)
@@ -145,15 +145,15 @@ class Watch(TorchDispatchMode):
 
     def _follow(self, kind: Kind, inputs: list[Tensor], output: Any) -> None:
         """Mark what comes out by what went in."""
-        marks = [_WEIGHTS if isinstance(v, nn.Parameter) else self._marks.get(_address(v)) for v in inputs]
-        for value, mark in zip(inputs, marks, strict=True):
-            if mark == _WEIGHTS:
-                self._marks[_address(value)] = _WEIGHTS  # its views are weights too
-        mark = self._mark(kind, marks)
-        addresses = {_address(value) for value in inputs}
-        for value in _tensors(output):
-            if value.device.type != "meta" and (mark is not None or _address(value) not in addresses):
-                self._marks[_address(value)] = mark
+        addresses = [_address(value) for value in inputs]
+        for value, address in zip(inputs, addresses, strict=True):
+            if isinstance(value, nn.Parameter):
+                self._marks[address] = _WEIGHTS  # and so are its views
+        mark = self._mark(kind, [self._marks.get(address) for address in addresses])
+        for address in map(_address, _tensors(output)):
+            if address and (mark is not None or address not in addresses):
+                self._marks[address] = mark
+        self._marks.pop(0, None)
 
     def _mark(self, kind: Kind, marks: list[_Mark]) -> _Mark:
         softmax = next((mark for mark in marks if isinstance(mark, _Softmax)), None)
@@ -200,8 +200,11 @@ def _ignore(call: Fallback) -> None:
 
 
 def _address(value: Tensor) -> int:
-    """Of the memory that a tensor lies in, for the time that it is alive."""
-    return value.untyped_storage().data_ptr()
+    """Of the memory that a tensor lies in, for the time that it is alive; 0 where it has none."""
+    try:
+        return 0 if value.device.type == "meta" else value.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, fake and quantised tensors
+        return 0
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import dis
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
@@ -146,7 +147,7 @@ def _by_hand(function: Callable[..., Any]) -> bool:
 @functools.cache
 def _names(function: Callable[..., Any]) -> frozenset[str]:
     """The names that a function's code uses, and "@" if it has a matrix product."""
-    code = getattr(function, "__code__", None) or getattr(getattr(function, "__wrapped__", None), "__code__", None)
+    code = getattr(inspect.unwrap(function), "__code__", None)
     if not isinstance(code, CodeType):
         return frozenset()
     operators = {"@" for i in dis.get_instructions(code) if i.argrepr in ("@", "@=") or "MATRIX_MULTIPLY" in i.opname}
