@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from genkit.errors import unknown
 
 
 def is_ready(scheduler: Any) -> bool:
@@ -178,3 +182,77 @@ def attention_backend(processor: Any) -> str | None:
 
     backend = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
     return str(getattr(backend, "value", backend))
+
+
+@contextmanager
+def on_native_attention(network: torch.nn.Module) -> Iterator[None]:
+    """Inside the block, a network on diffusers' dispatcher uses `scaled_dot_product_attention`, as all others do."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    processors = {id(p): p for p in (getattr(m, "processor", None) for m in network.modules()) if hasattr(p, "_attention_backend")}
+    before = [(processor, processor._attention_backend) for processor in processors.values()]
+    try:
+        for processor, _ in before:
+            processor._attention_backend = AttentionBackendName.NATIVE
+        yield
+    finally:
+        for processor, backend in before:
+            processor._attention_backend = backend
+
+
+def hub_backend(name: str) -> str:
+    """diffusers' name of a backend from the Hub: "flash" is "flash_hub", "flash_3" is "_flash_3_hub".
+
+    Raises:
+        ValueError: diffusers knows no such backend; the message lists those it does.
+    """
+    from diffusers.models.attention_dispatch import _HUB_KERNELS_REGISTRY
+
+    known = {backend.value.removesuffix("_hub").lstrip("_"): backend.value for backend in _HUB_KERNELS_REGISTRY}
+    short = name.removesuffix("_hub").lstrip("_")
+    if short not in known:
+        raise unknown("Hub kernel", name, sorted(known))
+    return known[short]
+
+
+def why_backend_unusable(name: str) -> str | None:
+    """What diffusers says is missing for a backend; None if nothing is."""
+    from diffusers.models import attention_dispatch
+
+    try:
+        attention_dispatch._check_attention_backend_requirements(attention_dispatch.AttentionBackendName(name))
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def attention_function(name: str) -> Callable[..., Tensor]:
+    """diffusers' function for a backend, with the arguments and the layout (B, H, L, D) of `scaled_dot_product_attention`.
+
+    A Hub kernel is downloaded and run. What the function does not know is refused, where diffusers drops it without a word.
+    """
+    from diffusers.models import attention_dispatch as dispatch
+
+    backend = dispatch.AttentionBackendName(name)
+    dispatch._maybe_download_kernel_for_backend(backend)
+    known = dispatch._AttentionBackendRegistry._supported_arg_names[backend]
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        given = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        wanted = [n for n, value in given.items() if isinstance(value, Tensor) or value]
+        ignored = [n for n in wanted if n not in known]
+        if ignored:
+            raise ValueError(f"Attention {name!r} would ignore {', '.join(ignored)}. Use --attn auto.")
+        out = dispatch.dispatch_attention_fn(*(t.transpose(1, 2) for t in (query, key, value)), **given, backend=backend)
+        return out.transpose(1, 2)
+
+    return attend

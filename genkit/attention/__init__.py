@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "auditing": ["audit"],
+        "backends": ["use_attention", "why_unusable"],
         "fused": ["attend"],
         "guard": ["AttentionLog", "jvp_fallback", "second_order", "strict"],
         "linting": ["Finding", "lint"],

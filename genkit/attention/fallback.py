@@ -47,7 +47,7 @@ class Fallback:
     def _causes(self) -> list[str]:
         """The causes that can be told from the arguments, on any device."""
         q, k, v, mask = self.query, self.key, self.value, self.mask
-        if not (torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled()):
+        if not _enabled():
             return ["the code itself asks for the unfused kernel, as sdpa_kernel(SDPBackend.MATH) does"]
         causes = []
         if len({q.shape[:-2], k.shape[:-2], v.shape[:-2]}) > 1:
@@ -67,7 +67,7 @@ class Fallback:
     def _torch_says(self) -> list[str]:
         """Torch's own reasons, which it gives as warnings to whoever allows fused kernels only."""
         mask = None if self.mask is None else self.mask.detach()
-        with warnings.catch_warnings(record=True) as caught, sdpa_kernel(list(FUSED)), torch.no_grad():
+        with warnings.catch_warnings(record=True) as caught, sdpa_kernel(_enabled()), torch.no_grad():
             warnings.simplefilter("always")
             try:
                 torch._fused_sdp_choice(self.query, self.key, self.value, mask, self.dropout)
@@ -84,6 +84,13 @@ class Fallback:
         if self.mask is not None:
             parts.append(f"mask {tuple(self.mask.shape)}")
         return f"{', '.join(parts)}, {str(self.query.dtype).removeprefix('torch.')} on {self.query.device.type}"
+
+
+def _enabled() -> list[SDPBackend]:
+    """The fused kernels that the code around allows."""
+    cuda = torch.backends.cuda
+    allowed = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled())
+    return [backend for backend, is_allowed in zip(FUSED, allowed, strict=True) if is_allowed]
 
 
 Listener = Callable[[Fallback], None]

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import ChainMap, Counter
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -46,8 +46,10 @@ class AttentionLog:
 class _Guard:
     """An open guard, or with `excuse` an open exception."""
 
-    def __init__(self, *, raises: bool = False, excuse: str | None = None, paths: Mapping[int, str] | None = None) -> None:
-        self.raises, self.excuse, self.paths, self.log = raises, excuse, paths or {}, AttentionLog()
+    def __init__(
+        self, *, raises: bool = False, excuse: str | None = None, paths: dict[int, str] | None = None, note: str = ""
+    ) -> None:
+        self.raises, self.excuse, self.paths, self.note, self.log = raises, excuse, paths or {}, note, AttentionLog()
 
 
 _guards: list[_Guard] = []
@@ -101,6 +103,11 @@ def excused(name: str, *backends: SDPBackend) -> Iterator[None]:
         yield
 
 
+def only(note: str) -> Any:
+    """A strict guard without models, for the call of one module; the note is added to its message."""
+    return _opened(_Guard(raises=True, note=note))
+
+
 def second_order() -> Any:
     """A scope for gradients of gradients through attention, as an exact R1 penalty has them: no fused kernel has them.
 
@@ -134,7 +141,7 @@ def _notice(call: Fallback) -> None:
             excuse = guard.excuse
             break
         if guard.raises:
-            _refuse(here(guard.paths).path, call.reason())
+            _refuse(here(ChainMap(*[found.paths for found in _guards])).path, call.reason(), guard.note)
     for guard in _guards:
         if guard.excuse is None and excuse is not None:
             if not guard.log.exceptions[excuse]:
@@ -144,8 +151,8 @@ def _notice(call: Fallback) -> None:
             _count(guard, call)
 
 
-def _refuse(path: str, reason: str) -> None:
-    raise UnfusedAttentionError(f"The attention of {path} is not fused: {reason}.")
+def _refuse(path: str, reason: str, note: str = "") -> None:
+    raise UnfusedAttentionError(f"The attention of {path} is not fused{note}: {reason}.")
 
 
 def _count(guard: _Guard, call: Fallback) -> None:
