@@ -10,9 +10,11 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "backends": ["use_attention", "why_unusable"],
         "fused": ["attend"],
         "guard": ["AttentionLog", "jvp_fallback", "second_order", "strict"],
+        "heatmaps": ["HeatMaps", "ImageMaps", "record"],
         "linting": ["Finding", "lint"],
         "probe": ["Probe", "attend_probe"],
         "report": ["AttentionReport", "ModuleAttention"],
+        "sharpness": ["Sharpness", "measure_sharpness"],
         "statistics": ["attention_kl", "log_sum_exp", "row_entropy", "row_statistic", "token_map"],
     },
 )

@@ -29,6 +29,8 @@ class FluxDenoiser(TextDenoiser):
     family = "Flux"
     classes = ("FluxPipeline",)
     inputs = ("prompt_embeds", "pooled_prompt_embeds")
+    tokenizers = ("tokenizer_2",)
+    text_keys = "before"
 
     def condition(
         self,

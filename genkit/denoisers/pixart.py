@@ -21,12 +21,15 @@ class PixArtDenoiser(TextDenoiser):
 
     family = "PixArt"
     classes = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
-    inputs = ("prompt_embeds", "prompt_attention_mask")
+    inputs = cross_attended = ("prompt_embeds", "prompt_attention_mask")
     options = ("max_sequence_length", "clean_caption")
 
     def _encode(self, prompts: list[str], negative: bool, options: dict[str, Any]) -> dict[str, Tensor]:
         embeds, mask, _, _ = self.pipe.encode_prompt(prompts, False, device=self.device, **options)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def _spoken(self, prompt: str, tokenizer: Any) -> str:
+        return prompt.lower().strip()
 
     def _forward(self, z: Tensor, level: Level, tensors: dict[str, Tensor]) -> Tensor:
         return self.network(

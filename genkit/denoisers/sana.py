@@ -23,7 +23,8 @@ class SanaDenoiser(TextDenoiser):
 
     family = "Sana"
     classes = ("SanaPipeline",)
-    inputs = ("prompt_embeds", "prompt_attention_mask")
+    inputs = cross_attended = ("prompt_embeds", "prompt_attention_mask")
+    tokenizers = ()  # it cuts the instruction in front of a prompt away after encoding
     options = ("max_sequence_length", "clean_caption", "complex_human_instruction")
 
     def _encode(self, prompts: list[str], negative: bool, options: dict[str, Any]) -> dict[str, Tensor]:

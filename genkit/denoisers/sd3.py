@@ -22,6 +22,8 @@ class StableDiffusion3Denoiser(TextDenoiser):
     family = "Stable Diffusion 3"
     classes = ("StableDiffusion3Pipeline",)
     inputs = ("prompt_embeds", "pooled_prompt_embeds")
+    tokenizers = ("tokenizer", "tokenizer_3")
+    text_keys = "after"
     options = ("clip_skip", "max_sequence_length")
 
     def _schedule_arguments(self, scheduler: Any, latent_shape: Sequence[int]) -> dict[str, Any]:

@@ -28,6 +28,10 @@ class TextDenoiser(Denoiser):
 
     options: ClassVar[tuple[str, ...]] = ("max_sequence_length",)
     """Arguments of `encode_prompt` that `condition` passes on."""
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    """The pipeline's tokenizers whose tokens, one's behind the other's, are those of `inputs[0]`; () if it is not so simple."""
+    text_keys: ClassVar[str] = "cross"
+    """Where text is among attention's keys: see `genkit.attention.watching`."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -72,9 +76,30 @@ class TextDenoiser(Denoiser):
             negative_embeds = self._null(tensors, _negatives(negative_prompts, count), options)
         return Cond(tensors, negative_embeds)
 
+    def prompts_of(self, cond: Cond) -> list[str]:
+        """The prompt of each of B conditions that `condition` made from prompts, found by what it was encoded to.
+
+        Raises:
+            ValueError: embeddings that were given, or a prompt that was forgotten.
+        """
+        name = self.inputs[0]
+        known = [(key[0], tensors[name]) for key, tensors in self._encoded.items() if not key[1]]
+        prompts = []
+        for row in cond.tensors[name]:
+            found = [prompt for prompt, value in known if value.shape == row.shape and torch.equal(value.to(row), row)]
+            if not found:
+                raise ValueError("The prompts are not known: the condition was made from embeddings. Make it from prompts.")
+            prompts.append(found[0])
+        return prompts
+
     def forget(self) -> None:
         """Drop the encoded prompts; call it after a change of the text encoder or the tokenizer (LoRA, textual inversion)."""
         self._encoded.clear()
+
+    def _spoken(self, prompt: str, tokenizer: Any) -> str:
+        """A prompt as the pipeline gives it to a tokenizer."""
+        convert = getattr(self.pipe, "maybe_convert_prompt", None)
+        return prompt if convert is None else convert(prompt, tokenizer)
 
     def _pop_embeds(self, extra: dict[str, Any], prefix: str) -> dict[str, Tensor] | None:
         given = {name: value for name in self.inputs if (value := extra.pop(prefix + name, None)) is not None}
@@ -87,7 +112,7 @@ class TextDenoiser(Denoiser):
         """The null condition for `tensors`; None if it would have to be encoded and the pipeline came without text encoders."""
         if prompts is None:
             encoders = (getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
-            if all(encoder is None for encoder in encoders):
+            if all(encoder is None for encoder in encoders) and _key("", True, options) not in self._encoded:
                 return None
             prompts = [""] * len(next(iter(tensors.values())))
         return self._encode_all(prompts, True, options)
@@ -95,7 +120,7 @@ class TextDenoiser(Denoiser):
     def _encode_all(self, prompts: list[str], negative: bool, options: dict[str, Any], *, grad: bool = False) -> dict[str, Tensor]:
         """Tensors (B, ...) of B prompts; each distinct one is encoded once in the denoiser's life or, with `grad`, in this call."""
         encoded = {} if grad else self._encoded
-        keys = [(prompt, negative, repr(sorted(options.items()))) for prompt in prompts]
+        keys = [_key(prompt, negative, options) for prompt in prompts]
         missing = [key for key in dict.fromkeys(keys) if key not in encoded]
         for start in range(0, len(missing), _CHUNK):
             chunk = missing[start : start + _CHUNK]
@@ -104,6 +129,11 @@ class TextDenoiser(Denoiser):
             for i, key in enumerate(chunk):
                 encoded[key] = {name: v[i] for name, v in tensors.items()}
         return {name: torch.stack([encoded[key][name] for key in keys]).to(self.device) for name in self.inputs}
+
+
+def _key(prompt: str, negative: bool, options: dict[str, Any]) -> tuple[str, bool, str]:
+    """What the embedding of a prompt depends on."""
+    return prompt, negative, repr(sorted(options.items()))
 
 
 def _strings(name: str, prompts: Prompts | None) -> list[str]:
