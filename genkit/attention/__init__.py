@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "fused": ["attend"],
         "guard": ["AttentionLog", "jvp_fallback", "second_order", "strict"],
         "heatmaps": ["HeatMaps", "ImageMaps", "record"],
+        "jvp": ["attend_jvp", "forward_mode"],
         "linting": ["Finding", "lint"],
         "probe": ["Probe", "attend_probe"],
         "report": ["AttentionReport", "ModuleAttention"],
