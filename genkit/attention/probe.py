@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from genkit.attention import kernels
 from genkit.attention.fused import attend
 from genkit.attention.shapes import check, check_keys
 from genkit.attention.statistics import Keys, entropy_and_lse
@@ -63,6 +64,9 @@ def attend_probe(
     added = check(q, k, v, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = None if keys is None else check_keys(keys, k.shape[2], len(k), k.device)
+    if v is not None and kernels.unserved(q, v) is None:
+        out, lse, rows, heat = kernels.attend_probe(q, k, v, chosen, mask=added, scale=scale)
+        return Probe(out, lse, rows if entropy else None, None if chosen is None else heat)
     out = rows = None
     if v is not None or not entropy:
         out, lse = attend(q, k, k.detach() if v is None else v, mask=added, scale=scale)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genkit.attention import kernels
+from genkit.attention import attend_jvp, attend_probe, audit, kernels
 from genkit.attention.kernels import ops
 from tests.oracles import dense_attention
 
@@ -183,6 +183,17 @@ def test_operators_are_traced_whole() -> None:
     assert torch.equal(eager, compiled)
     for a, b in zip(torch.autograd.grad(eager, (q, k, v)), torch.autograd.grad(compiled, (q, k, v)), strict=True):
         assert torch.equal(a, b)
+
+
+def test_callers_get_the_kernels_where_they_run() -> None:
+    q, k, v = inputs(1, 2, 5, 6, 16)
+    report = audit(lambda: (attend_probe(q, k, v, [1]), attend_jvp(q, k, v, q, k, v)))
+    assert (report.fused, report.unfused, report.unproven) == (2, 0, 0)
+    (module,) = report.modules
+    assert set(module.kernels) == {"attend_probe", "attend_jvp"}
+    probe = attend_probe(q, k, v, entropy=False)
+    assert probe.entropy is None
+    assert probe.map is None
 
 
 def test_keys_that_nobody_checked_are_harmless() -> None:

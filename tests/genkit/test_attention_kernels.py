@@ -48,12 +48,6 @@ def test_what_the_kernels_do_not_serve_is_said(given, said):
         kernels.attend_jvp(*given, *given)
 
 
-def test_without_triton_the_message_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ValueError, match=r"need Triton, which is not installed \(pip install triton\)"):
-        kernels.attend_probe(*qkv())
-
-
 def test_wrong_shapes_are_named():
     q, k, v = qkv()
     with pytest.raises(ValueError, match=r"H is 2 and 3 in q .*\(2, 2, 5, 16\)"):
@@ -96,12 +90,18 @@ def test_every_device_and_head_dimension_has_a_tile():
         tiles.tile("probe_forward", 75, 64, 2)
 
 
+class OnGpu:
+    """Seen from a machine without a GPU: a tensor on one."""
+
+    shape, dtype, device, is_cuda = (1, 1, 1, 64), torch.float16, torch.device("cuda"), True
+
+
+def test_without_triton_the_message_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert serving.unserved(OnGpu(), OnGpu()) == "The kernels need Triton, which is not installed (pip install triton)."
+
+
 def test_devices_that_are_served(monkeypatch):
-    """Seen from a machine without a GPU: what would be said of one."""
-
-    class OnGpu:
-        shape, dtype, device, is_cuda = (1, 1, 1, 64), torch.float16, torch.device("cuda"), True
-
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     assert serving.unserved(OnGpu(), OnGpu()) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

@@ -28,10 +28,6 @@ def unserved(q: Tensor, v: Tensor) -> str | None:
         >>> unserved(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 8))
         'The kernels run on CUDA devices, and these tensors are on cpu.'
     """
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "The kernels need Triton, which is not installed (pip install triton)."
     width, device = q.shape[-1], "rocm" if torch.version.hip is not None and q.is_cuda else q.device.type
     dtype = str(q.dtype).removeprefix("torch.")
     if q.dtype not in DTYPES:
@@ -44,6 +40,10 @@ def unserved(q: Tensor, v: Tensor) -> str | None:
         return None if device == "cpu" else f"Triton interprets on the CPU (TRITON_INTERPRET=1), and these tensors are on {device}."
     if device != "cuda":
         return f"The kernels run on CUDA devices, and these tensors are on {device}."
+    try:
+        import triton  # noqa: F401, of many milliseconds, which calls on a CPU need not wait for
+    except ImportError:
+        return "The kernels need Triton, which is not installed (pip install triton)."
     major, minor = torch.cuda.get_device_capability(q.device)
     served = architecture(10 * major + minor) is not None
     return None if served else f"The kernels take compute capability 8.0 to 12.x, and this device has {major}.{minor}."
