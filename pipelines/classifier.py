@@ -100,6 +100,7 @@ class DiffusionClassifierPipeline(HostedPipeline):
         height: int | None = None,
         width: int | None = None,
         batch_size: int = 128,
+        fold: bool = True,
         return_dict: bool = True,
         callback: Callable[[DiffusionClassifierPipeline, int, Classification], None] | None = None,
         **conditioning: Any,
@@ -133,6 +134,7 @@ class DiffusionClassifierPipeline(HostedPipeline):
             hierarchy: for "tree": {prompt of a group: its labels}.
             height, width: in pixels; the model's own size by default.
             batch_size: network evaluations at a time.
+            fold: compute what evaluations share once: equal up to rounding, and faster (see `genkit.scoring.Scorer`).
             callback: called as `callback(pipe, index, classification)` when an image is decided; images finish out of order.
             **conditioning: further inputs of the family's `condition`.
 
@@ -155,7 +157,7 @@ class DiffusionClassifierPipeline(HostedPipeline):
         )  # fmt: skip
         shape = self.denoiser.latent_shape(height, width)
         policy.check(arms, plan.count)
-        scorer = Scorer(self.denoiser, plan, metric=metric, batch_size=batch_size)
+        scorer = Scorer(self.denoiser, plan, metric=metric, batch_size=batch_size, fold=fold)
         temperature = _natural_temperature(scorer.pairs(shape)) if temperature is None else temperature
         reading = _Reading(classes, merge, reduce, temperature, _prior(classes, prior))
         results: dict[int, Classification] = {}

@@ -62,6 +62,9 @@ def classify(
     batch: Annotated[
         int, option(_MACHINE, "Network evaluations at a time; it changes no result by more than rounding.", min=1)
     ] = 128,
+    fold: Annotated[
+        bool, option(_MACHINE, "Compute what labels and images share once, not in each evaluation; up to rounding the same.")
+    ] = True,
     device: Device = "auto",
     dtype: Annotated[str, option(_MACHINE, "float32, float16 or bfloat16.")] = "float32",
     allow_pickle: Annotated[bool, option(_MACHINE, "Accept weights that are pickles.", "--allow-pickle")] = False,
@@ -113,7 +116,7 @@ def classify(
             _print_plan(output, files, names, settings, truth is not None)
             return
         Job(files, names, settings, truth, table, ranks, output).run(
-            device=device, batch_size=batch, allow_pickle=allow_pickle, resume=resume
+            device=device, batch_size=batch, fold=fold, allow_pickle=allow_pickle, resume=resume
         )
 
 

@@ -109,7 +109,7 @@ class Job:
         self.notes: dict[str, list[str]] = {}
         self.began = time.perf_counter()
 
-    def run(self, *, device: str, batch_size: int, allow_pickle: bool, resume: bool) -> None:
+    def run(self, *, device: str, batch_size: int, fold: bool, allow_pickle: bool, resume: bool) -> None:
         """Classify what is missing, meet the other processes, report.
 
         Raises:
@@ -123,7 +123,7 @@ class Job:
             mine = self._unfinished(self.ranks.share(self.files))
             self.ranks.wait()  # nobody writes a journal while another reads it
             if mine:
-                self._classify(mine, own or device, batch_size, allow_pickle)
+                self._classify(mine, own or device, batch_size, fold, allow_pickle)
             self._merge()
         except KeyboardInterrupt:
             hint = "Repeat with --resume to finish." if self.table else "These are printed; --out would have kept them."
@@ -143,7 +143,7 @@ class Job:
                 self.records[str(file)] = record
         return [file for file in files if str(file) not in self.records]
 
-    def _classify(self, files: list[Path], device: str, batch_size: int, allow_pickle: bool) -> None:
+    def _classify(self, files: list[Path], device: str, batch_size: int, fold: bool, allow_pickle: bool) -> None:
         from genkit.console import progress
         from genkit.pipelines import DiffusionClassifierPipeline
         from genkit.runner import load
@@ -176,7 +176,7 @@ class Job:
                 bar.advance(task)
 
             pipe = DiffusionClassifierPipeline.from_pipe(host)
-            pipe(itertools.chain([first], pictures), batch_size=batch_size, callback=keep, **arguments)
+            pipe(itertools.chain([first], pictures), batch_size=batch_size, fold=fold, callback=keep, **arguments)
 
     def _pictures(self, files: list[Path], read: list[Path]) -> Iterator[Image.Image]:
         """The pictures that can be read; `read` gets their files."""

@@ -134,11 +134,14 @@ class Denoiser(ABC):
         family: name of the family, for messages.
         classes: names of the pipeline classes that the adapter serves, subclasses included.
         inputs: names of the condition's tensors without which the network cannot run.
+        cross_attended: names of those (B, S, ...) that reach the network through its cross-attention alone, token by token; classifiers
+            then compute them once a prompt (`genkit.attention.folding`).
     """
 
     family: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
     inputs: ClassVar[tuple[str, ...]] = ()
+    cross_attended: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -308,7 +311,9 @@ class Denoiser(ABC):
             variance = None if variance is None else variance.chunk(2)[1]
         return Prediction(x, level, raw, self.kind, variance)
 
-    def losses(self, x0: Tensor, pairs: Pairs, cond: Cond, *, metric: str = "l2", batch_size: int = 128) -> Tensor:
+    def losses(
+        self, x0: Tensor, pairs: Pairs, cond: Cond, *, metric: str = "l2", batch_size: int = 128, fold: bool = True
+    ) -> Tensor:
         """How well each condition explains each sample on each pair.
 
         Args:
@@ -316,6 +321,8 @@ class Denoiser(ABC):
             pairs: N pairs of level and noise, see `genkit.scoring.PairPlan`; all samples and conditions share them.
             cond: K conditions.
             metric: "l2", "l1" or "huber", of the error of eps, averaged over the values of a sample.
+            batch_size: network evaluations at a time.
+            fold: compute once what rows share, where the family allows it (`genkit.attention.folding`); equal up to rounding.
 
         Returns:
             (I, K, N) in float64, not weighted; lower is better.
@@ -325,7 +332,7 @@ class Denoiser(ABC):
         """
         from genkit.scoring.losses import grid_losses
 
-        return grid_losses(self, x0, pairs, cond, metric, batch_size)
+        return grid_losses(self, x0, pairs, cond, metric, batch_size, fold)
 
     def _evaluate(self, x: Tensor, level: Level, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Scaled input, network, preconditioning; splits off a learned variance."""

@@ -23,6 +23,7 @@ class StableDiffusionXLDenoiser(TextDenoiser):
     family = "Stable Diffusion XL"
     classes = ("StableDiffusionXLPipeline",)
     inputs = ("prompt_embeds", "pooled_prompt_embeds")
+    cross_attended = ("prompt_embeds",)
     options = ("clip_skip",)
 
     def condition(

@@ -22,6 +22,7 @@ class StableDiffusionDenoiser(TextDenoiser):
     family = "Stable Diffusion"
     classes = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
     inputs = ("prompt_embeds",)
+    cross_attended = ("prompt_embeds",)
     options = ()
 
     def _encode(self, prompts: list[str], negative: bool, options: dict[str, Any]) -> dict[str, Tensor]:

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genkit.attention.folding import Evaluator, evaluator, tiled
 from genkit.denoisers.base import Cond, Denoiser
 from genkit.errors import unknown
 from genkit.levels import Level
+from genkit.prediction import Prediction
 from genkit.scoring.plan import Pairs
 
 _HUBER = 1.0  # where the loss turns from squared to absolute, in units of the noise's standard deviation
@@ -44,8 +46,25 @@ def row_losses(denoiser: Denoiser, x0: Tensor, level: Level, eps: Tensor, cond: 
         level: their levels, batched.
         cond: their conditions; empty for an unconditional model.
     """
-    error = _double(denoiser(level.diffuse(x0, eps), level, cond).eps) - _double(eps)
-    return METRICS[metric](error).flatten(1).mean(1)
+    return _losses(denoiser(level.diffuse(x0, eps), level, cond), eps, metric)
+
+
+def shared_losses(
+    evaluate: Evaluator, x0: Tensor, level: Level, eps: Tensor, samples: Tensor, prompts: Tensor, metric: str = "l2"
+) -> Tensor:
+    """Losses (B,) in float64 of rows that share samples and prompts.
+
+    Args:
+        evaluate: of the denoiser and its prompts.
+        x0, level, eps: of the distinct samples (U, ...).
+        samples, prompts: of each row (B,).
+    """
+    prediction = evaluate(level.diffuse(x0, eps), level, samples, prompts)
+    return _losses(prediction, eps[samples.to(eps.device)], metric)
+
+
+def _losses(prediction: Prediction, eps: Tensor, metric: str) -> Tensor:
+    return METRICS[metric](_double(prediction.eps) - _double(eps)).flatten(1).mean(1)
 
 
 def _double(value: Tensor) -> Tensor:
@@ -54,15 +73,17 @@ def _double(value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def grid_losses(denoiser: Denoiser, x0: Tensor, pairs: Pairs, cond: Cond, metric: str, batch_size: int) -> Tensor:
+def grid_losses(
+    denoiser: Denoiser, x0: Tensor, pairs: Pairs, cond: Cond, metric: str, batch_size: int, fold: bool = True
+) -> Tensor:
     """See `Denoiser.losses`."""
     check_metric(metric)
-    shape = (len(x0), len(cond), len(pairs))
-    losses = torch.empty(shape, dtype=torch.float64)
-    noise = pairs.noise(range(len(pairs)))
-    for rows in torch.arange(losses.numel()).split(batch_size):
-        i, k, n = (torch.from_numpy(v) for v in np.unravel_index(rows.numpy(), shape))
-        condition = Cond({name: v[k.to(v.device)] for name, v in cond.tensors.items()})
-        values = row_losses(denoiser, x0[i], pairs.level[n], noise[n].to(x0), condition, metric)
-        losses.view(-1)[rows] = values.cpu()
-    return losses
+    losses = torch.empty(len(x0) * len(pairs), len(cond), dtype=torch.float64)
+    noise, evaluate = pairs.noise(range(len(pairs))), evaluator(denoiser, cond, fold=fold)
+    samples, prompts = np.indices(losses.shape).reshape(2, -1)
+    for items in np.array_split(tiled(samples, prompts, batch_size), range(batch_size, losses.numel(), batch_size)):
+        noised, places = torch.unique(torch.from_numpy(samples[items]), return_inverse=True)
+        i, n = noised // len(pairs), noised % len(pairs)
+        eps, rows = noise[n].to(x0), torch.from_numpy(prompts[items])
+        losses.view(-1)[items] = shared_losses(evaluate, x0[i], pairs.level[n], eps, places, rows, metric).cpu()
+    return losses.reshape(len(x0), len(pairs), len(cond)).transpose(1, 2)

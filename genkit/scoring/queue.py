@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from genkit.attention.folding import evaluator, tiled
 from genkit.denoisers.base import Cond
 from genkit.scoring.policy import Request, Search, SlopeRequest, Verdict
 
@@ -44,6 +45,7 @@ class Queue:
 
     def __init__(self, scorer: Scorer, cond: Cond, arms: list[list[int]], progress: Callable[[int], None] | None) -> None:
         self.scorer, self.cond, self.arms, self.progress = scorer, cond, arms, progress
+        self.evaluate = evaluator(scorer.denoiser, cond, fold=scorer.fold)
         self.losses: deque[_Item] = deque()
         self.slopes: deque[_Item] = deque()
         self.finished: deque[tuple[int, Verdict]] = deque()
@@ -77,7 +79,10 @@ class Queue:
 
     def _answer_losses(self, items: list[_Item]) -> None:
         rows, pairs = (np.array([item[k] for item in items]) for k in (2, 3))
-        values = self.scorer.losses(self._samples(items), self.cond, rows, pairs)
+        searches = {running.index: running for running, *_ in items}
+        place = {index: i for i, index in enumerate(searches)}
+        samples = np.array([place[running.index] for running, *_ in items])
+        values = self.scorer.losses(self.evaluate, self._samples(searches.values()), samples, rows, pairs)
         for (running, slot, row, pair), value in zip(items, values, strict=True):
             if not np.isfinite(value):
                 raise FloatingPointError(
@@ -93,7 +98,7 @@ class Queue:
         rows = [[row for arm in running.request.arms for row in self.arms[arm]] for running, *_ in items if running.request]
         for i, row in enumerate(rows):
             weights[i, row] = 1 / len(row)
-        values = self.scorer.slopes(self._samples(items), self.cond, weights, pairs)
+        values = self.scorer.slopes(self._samples(running for running, *_ in items), self.cond, weights, pairs)
         for (running, *_), value in zip(items, values, strict=True):
             assert running.request is not None
             running.answer += [value[self.arms[arm]].mean() for arm in running.request.arms]
@@ -128,8 +133,9 @@ class Queue:
         else:
             asked = zip(request.arms, request.pairs, strict=True)
             items = [(running, slot, row, int(pair)) for slot, (arm, pair) in enumerate(asked) for row in self.arms[arm]]
-            self.losses.extend(items)
+            rows, pairs = (np.array([item[k] for item in items]) for k in (2, 3))
+            self.losses.extend(items[i] for i in tiled(pairs, rows, self.scorer.batch_size))
         running.missing = len(items)
 
-    def _samples(self, items: list[_Item]) -> Tensor:
-        return torch.stack([running.sample for running, *_ in items]).to(self.scorer.denoiser.device)
+    def _samples(self, searches: Iterable[_Running]) -> Tensor:
+        return torch.stack([running.sample for running in searches]).to(self.scorer.denoiser.device)

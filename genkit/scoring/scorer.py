@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genkit.attention.folding import Evaluator
 from genkit.denoisers.base import Cond, Denoiser
 from genkit.denoisers.mixing import mixed
-from genkit.scoring.losses import check_metric, row_losses
+from genkit.levels import Level
+from genkit.scoring.losses import check_metric, row_losses, shared_losses
 from genkit.scoring.plan import PairPlan, Pairs
 from genkit.scoring.policy import Policy, Search, Verdict
 from genkit.scoring.queue import Queue
@@ -33,6 +35,9 @@ class Scorer:
         batch_size: network evaluations at a time.
         scheduler: whose noise schedule the pairs have; that of the denoiser's pipeline by default.
         pad: fill every batch up to a power of two, for compiled networks and CUDA graphs; by default on anything but a CPU.
+        fold: compute once what the rows of a batch share: the keys and values of a prompt, and all that comes before the first
+            cross-attention (`genkit.attention.folding`). Losses are equal up to rounding. Networks without cross-attention, and
+            compiled ones, are evaluated plainly in any case.
 
     Raises:
         ValueError: an unknown metric, or a batch size below 1.
@@ -53,6 +58,7 @@ class Scorer:
         batch_size: int = 128,
         scheduler: Any = None,
         pad: bool | None = None,
+        fold: bool = True,
     ) -> None:
         check_metric(metric)
         if batch_size < 1:
@@ -60,6 +66,7 @@ class Scorer:
         self.denoiser, self.plan, self.metric, self.batch_size = denoiser, plan or PairPlan(), metric, batch_size
         self.scheduler = denoiser.pipe.scheduler if scheduler is None else scheduler
         self.pad = denoiser.device.type != "cpu" if pad is None else pad
+        self.fold = fold
         self._pairs: Pairs | None = None
         self._noise: dict[int, Tensor] = {}
 
@@ -72,7 +79,8 @@ class Scorer:
     def table(self, x0: Tensor, cond: Cond) -> Tensor:
         """Weighted losses (I, K, N) in float64 of I samples x0 (I, ...), K conditions and all N pairs."""
         pairs = self.pairs(x0.shape[1:])
-        return self.denoiser.losses(x0, pairs, cond, metric=self.metric, batch_size=self.batch_size) * pairs.weight
+        losses = self.denoiser.losses(x0, pairs, cond, metric=self.metric, batch_size=self.batch_size, fold=self.fold)
+        return losses * pairs.weight
 
     def run(
         self,
@@ -114,12 +122,19 @@ class Scorer:
 
         return queue.drain(iter(x0), begin)
 
-    def losses(self, x0: Tensor, cond: Cond, rows: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-        """Weighted losses (n,) of samples x0 (n, ...) under rows (n,) of `cond`, on pairs (n,)."""
+    def losses(self, evaluate: Evaluator, x0: Tensor, samples: np.ndarray, rows: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        """Weighted losses (n,) of items: samples (n,) of x0 (I, ...), under rows (n,) of the condition, on pairs (n,).
+
+        Args:
+            evaluate: `genkit.attention.folding.evaluator` of the condition.
+        """
+        plan = self.pairs(x0.shape[1:])
+        padded = self._padded(samples) * len(plan) + self._padded(pairs)
+        noised, places = np.unique(padded, return_inverse=True)
+        x0, level, eps = self._noised(x0[noised // len(plan)], noised % len(plan))
+        places, prompts = torch.from_numpy(places), torch.from_numpy(self._padded(rows))
         with torch.no_grad():
-            index = torch.as_tensor(self._padded(rows), device=self.denoiser.device)
-            condition = Cond({k: v[index] for k, v in cond.tensors.items()})
-            values = self._rows(x0, self._padded(pairs), condition)
+            values = shared_losses(evaluate, x0, level, eps, places, prompts, self.metric)
         return values[: len(rows)].cpu().numpy() * self._pair_weights(pairs)
 
     def slopes(self, x0: Tensor, cond: Cond, weights: Tensor, pairs: np.ndarray) -> np.ndarray:
@@ -127,19 +142,18 @@ class Scorer:
         with torch.enable_grad():
             weights = weights.to(self.denoiser.device).requires_grad_(True)
             with mixed(self.denoiser, cond, weights) as condition:
-                values = self._rows(x0, pairs, condition)
+                values = row_losses(self.denoiser, *self._noised(x0, pairs), condition, self.metric)
                 (gradient,) = torch.autograd.grad(values.sum(), weights)
         return gradient.double().cpu().numpy() * self._pair_weights(pairs)[:, None]
 
-    def _rows(self, x0: Tensor, pairs: np.ndarray, cond: Cond) -> Tensor:
-        """Losses of a batch, whose samples are repeated up to the length of `pairs`."""
+    def _noised(self, x0: Tensor, pairs: np.ndarray) -> tuple[Tensor, Level, Tensor]:
+        """Samples (n, ...), and level and noise of the pair (n,) of each."""
         plan = self.pairs(x0.shape[1:])
         missing = [i for i in dict.fromkeys(pairs.tolist()) if i not in self._noise]
         if missing:
             self._noise |= dict(zip(missing, plan.noise(missing), strict=True))
         eps = torch.stack([self._noise[i] for i in pairs.tolist()]).to(x0)
-        x0 = torch.cat([x0, x0[-1:].expand(len(pairs) - len(x0), *x0.shape[1:])]) if len(pairs) > len(x0) else x0
-        return row_losses(self.denoiser, x0, plan.level[torch.from_numpy(pairs)], eps, cond, self.metric)
+        return x0, plan.level[torch.from_numpy(pairs)], eps
 
     def _padded(self, values: np.ndarray) -> np.ndarray:
         """The values, the last one repeated up to the next power of two, or up to the batch size."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from genkit import _host
+from tests import tiny
 from tests.schedulers import scheduler_class
 
 VERSION = f"diffusers {diffusers.__version__}"
@@ -205,3 +206,19 @@ def test_a_multistep_scheduler_forgets(name):
         noise = {"generator": torch.Generator().manual_seed(1)} if name == "SASolverScheduler" else {}
         results.append(scheduler.step(outputs[3], scheduler.timesteps[3], x, **noise).prev_sample)
     torch.testing.assert_close(*results, msg=f"lower_order_nums or last_sample of {name} in {VERSION}")
+
+
+def test_cross_attentions():
+    """Keys and values are `to_k(text)` and `to_v(text)`, and the processors are those that are known."""
+    unet = tiny.pipeline("stable_diffusion").unet
+    found = _host.cross_attentions(unet)
+    assert [a for name, a in unet.named_modules() if name.endswith("attn2")] == found, f"is_cross_attention in {VERSION}"
+    seen = []
+    for name in ("to_k", "to_v"):
+        getattr(found[0], name).register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output.shape[-1])))
+    text = torch.randn(2, 5, 8)
+    found[0](torch.randn(2, 3, unet.config.block_out_channels[0]), encoder_hidden_states=text)
+    assert [(s is text, width) for s, width in seen] == [(True, found[0].inner_kv_dim)] * 2, f"inner_kv_dim in {VERSION}"
+    assert all(hasattr(found[0], name) for name in ("norm_cross", "fused_projections", "group_norm", "spatial_norm", "add_k_proj"))
+    unet.mid_block.compile()
+    assert _host.cross_attentions(unet) == [], f"_compiled_call_impl in torch {torch.__version__}"
