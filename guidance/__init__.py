@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "base": ["Guidance", "Scheduled", "Sum"],
         "state": ["Predict", "State"],
         "attachment": ["attach"],
+        "attend": ["AttendAndExcite"],
         "energy": ["EnergyGuidance", "as_guidance"],
         "guider": ["as_guider"],
         "classifier": ["ClassifierEnergy", "ClassifierGuidance", "temperature_energy"],

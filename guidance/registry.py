@@ -309,7 +309,26 @@ def _noisy_classifier(
     return NoisyClassifierGuidance(network, label.split("+") if isinstance(label, str) else label, scale, attribute=attribute)
 
 
+def _attend(pipe: Any, *, words: Any = None, scale: float = 20.0, grid: int | None = None, until: float = 0.5) -> Guidance:
+    from genkit.guidance.attend import AttendAndExcite
+
+    if words is None:
+        raise ValueError("Guidance 'attend' needs words=A+B of the prompt, for instance attend:words=cat+frog.")
+    return AttendAndExcite(str(words).split("+"), scale, grid=grid, until=until)
+
+
 _ENTRIES: dict[str, Entry] = {
+    "attend": Entry(
+        "let no word of the prompt be overlooked (Attend-and-Excite)",
+        {
+            "words": "words of the prompt, joined by +",
+            "scale": "length of the displacements; 20 in the paper",
+            "grid": "side of the attention maps that are used",
+            "until": "fraction of the run after which nothing is displaced",
+        },
+        _attend,
+        texts=("words",),
+    ),
     "classifier": Entry(
         "steer to a class with an off-the-shelf classifier (EluCD)",
         {

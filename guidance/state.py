@@ -30,6 +30,7 @@ class State:
         codec: latent codec, or None for a pixel-space model.
         seeds: seed of each sample, or None; for counter-based noise.
         scheduler: the scheduler, for reading.
+        denoiser: for guidance that evaluates the network at site X; None where the pipeline itself calls the network.
         cache: scratch space shared by the guidances of a run, emptied at its start.
         log: figures worth reporting (a guidance's energy, ...), by name, for this evaluation.
         energy: the last log-potential (B,) of each energy so far, by name; of a sample that is not guided at present, that of when
@@ -43,6 +44,7 @@ class State:
     codec: Any = None
     seeds: list[int] | None = None
     scheduler: Any = None
+    denoiser: Any = None
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
     log: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     energy: dict[str, Tensor] = dataclasses.field(default_factory=dict)
