@@ -67,7 +67,7 @@ def sample(
     if grad_evaluations is not None and not 0 <= grad_evaluations <= len(levels):
         raise ValueError(f"grad_evaluations={grad_evaluations} must be 0 to {len(levels)}, the number of network evaluations.")
     _host.begin(scheduler)
-    state = State(x, levels[0], levels, cond, denoiser.codec, None if seeds is None else list(seeds), scheduler)
+    state = State(x, levels[0], levels, cond, denoiser.codec, None if seeds is None else list(seeds), scheduler, denoiser)
 
     def predict(*, grad: bool = False) -> Prediction:
         # Without `grad` the caller's mode stands, so a differentiable sampler works.
