@@ -1,12 +1,13 @@
 """Shortcuts: a generative classifier against a discriminative one of the same size, where the ink tells the digit in training only.
 
-    python benchmarks/shortcut.py [--generative DIR] [--discriminative DIR] [--pairs 64] [--out benchmarks/results/shortcut.json]
+    python benchmarks/shortcut.py [--generative DIR] [--discriminative DIR] [--pairs 256] [--out benchmarks/results/shortcut.json]
 
 Both see the same 3,600 pictures of `genkit.data.shortcut`, without augmentation, and the weights of both are chosen on the same
 in-distribution validation pictures. A folder that holds no finished model is trained into first, an interrupted run goes on. The
-generative one is what `genkit train classifier-diffusion --channels 32,64 --steps 6000 --batch 128 --no-bf16` makes. Its label is
-argmin_y of the mean diffusion loss over T minus log p(y), all classes on the same pairs; T and the plan (one of `PLANS`)
-are those that are best in validation. Losses are kept split by split in its folder, so a run can be interrupted.
+generative one is what `genkit train classifier-diffusion --channels 64,128 --times logit-normal:0,1 --steps 3600 --batch 128
+--no-bf16` makes. Its label is argmin_y of the mean diffusion loss, all classes on the same pairs of noise level and noise; classes
+are equally frequent. Which part of the noise levels counts (one of `SPANS`) is what is best in validation; the test sets are then
+raced. Losses and answers are kept in its folder, so a run can be interrupted.
 """
 
 from __future__ import annotations
@@ -30,30 +31,30 @@ from genkit.classifiers import AttributeClassifier, load_classifier
 from genkit.console import progress
 from genkit.data import shortcut
 from genkit.data.source import open_source
+from genkit.files import write_atomic
 from genkit.metrics.accuracy import accuracy, class_balanced_accuracy, group_accuracy, worst_group_accuracy
+from genkit.pipelines import DiffusionClassifierPipeline
 from genkit.runner import load
 from genkit.scoring import PairPlan, Scorer, fit_temperature, posterior
 from genkit.training import TrainConfig, fit
 from genkit.zoo.training.class_conditional import TRAIN, ClassConditionalConfig, train_class_conditional
 
-# What may be scored, by name; validation chooses. The middle leaves out low noise, where everything is visible and the class should
-# not matter, and high noise, where next to nothing is.
-PLANS: dict[str, dict[str, Any]] = {
-    "uniform": {},
-    "elbo": {"weighting": "elbo"},
-    "middle": {"span": (0.35, 0.8)},
-    "narrow middle": {"span": (0.45, 0.65)},
-}
+# The parts of the training time that may be scored; validation chooses. Below all of them everything is visible and the class
+# should not matter, above them next to nothing is.
+WHOLE = (0.15, 0.9)
+SPANS = (WHOLE, (0.15, 0.65), (0.25, 0.75), (0.35, 0.8), (0.45, 0.65))
+VALIDATION_PAIRS = 96  # over `WHOLE`
+CHUNK = 50  # pictures whose answers are kept together
 REPORTED = ("test_ood", "test_id")
 COLUMNS = (
     ("test_id", "accuracy"), ("test_id", "worst_group"), ("test_ood", "accuracy"), ("test_ood", "class_balanced"),
     ("test_ood", "worst_group"),
 )  # fmt: skip
 GENERATIVE = ClassConditionalConfig(
-    block_out_channels=(32, 64), train=dataclasses.replace(TRAIN, steps=6000, batch_size=128, bf16=False)
+    block_out_channels=(64, 128), times="logit-normal:0,1", train=dataclasses.replace(TRAIN, steps=3600, batch_size=128, bf16=False)
 )
 # As many parameters as the generative one to within 2 %: a residual network of eight blocks.
-NETWORK: dict[str, Any] = {"block_out_channels": (24, 48, 96, 184), "layers_per_block": 2}
+NETWORK: dict[str, Any] = {"block_out_channels": (40, 80, 168, 328), "layers_per_block": 2}
 DISCRIMINATIVE = TrainConfig(
     steps=3000, batch_size=64, lr=1e-3, warmup=100, ema_decay=0.99, seed=62, validate_every=57, patience=10
 )  # a validation an epoch
@@ -91,47 +92,75 @@ def train_discriminative(folder: Path, device: str) -> None:
     best.to("cpu").save_pretrained(folder)
 
 
-def diffusion_losses(folder: Path, split: str, plan: str, pairs: int, device: str) -> np.ndarray:
-    """Weighted losses (N, K) of all pictures of a split and all classes, averaged over the pairs of a plan; kept in the folder."""
-    file = folder / "losses" / f"{split}-{plan.replace(' ', '-')}-{pairs}.npy"
+def validation_losses(folder: Path, device: str) -> np.ndarray:
+    """Losses (N, K, T) of all validation pictures and classes on the pairs of `WHOLE`; kept in the folder."""
+    file = folder / "losses" / "validation.npy"
     if not file.exists():
         denoiser = load(str(folder), device=device).denoiser
-        scorer = Scorer(denoiser, PairPlan(count=pairs, **PLANS[plan]))
+        scorer = Scorer(denoiser, PairPlan(count=VALIDATION_PAIRS, span=WHOLE))
         cond = denoiser.condition(prompts=list(shortcut.CLASSES))
         tables = []
         with progress() as bar:
-            images = shortcut.load(split).images
-            task = bar.add_task(f"losses of {split}, {plan}", total=len(images))
+            images = shortcut.load("val").images
+            task = bar.add_task("losses of validation pictures", total=len(images))
             for part in images.split(20):
                 with torch.no_grad():
                     latents = denoiser.encode(part.to(device))
-                tables.append(scorer.table(latents, cond).mean(2))
+                tables.append(scorer.table(latents, cond).float())
                 bar.update(task, advance=len(part))
         file.parent.mkdir(exist_ok=True)
         np.save(file, torch.cat(tables).numpy())
     return np.load(file)
 
 
-def generative_labels(folder: Path, pairs: int, device: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Predicted labels (N,) by split, and how they were found."""
-    counts = json.loads((folder / "card.json").read_text())["counts"]
-    prior = np.array(counts) / sum(counts)
+def choose_span(losses: np.ndarray) -> tuple[tuple[float, float], dict[str, float]]:
+    """The span that is best in validation, and the accuracy of each."""
     truth = shortcut.load("val").digit.numpy()
+    u = PairPlan(count=VALIDATION_PAIRS, span=WHOLE).times(1000)
     choices = []
-    for plan in PLANS:
-        table = diffusion_losses(folder, "val", plan, pairs, device)
-        temperature = fit_temperature(table, truth, prior)
-        probabilities = posterior(table, temperature, prior)
+    for span in SPANS:
+        scores = losses[:, :, (u >= span[0]) & (u <= span[1])].mean(2)
+        probabilities = posterior(scores, fit_temperature(scores, truth))
         right = float((probabilities.argmax(1) == truth).mean())
         # Accuracy decides; of equals the more probable labels.
         likelihood = float(np.log(probabilities[np.arange(len(truth)), truth]).mean())
-        choices.append((right, likelihood, plan, temperature))
-    _, _, plan, temperature = max(choices)
-    labels = {
-        split: posterior(diffusion_losses(folder, split, plan, pairs, device), temperature, prior).argmax(1) for split in REPORTED
-    }
-    how = {"plan": plan, "temperature": temperature, "evaluations_per_picture": pairs * len(shortcut.CLASSES)}
-    return labels, how | {"validation_accuracy": {choice[2]: choice[0] for choice in choices}}
+        choices.append((right, likelihood, span))
+    return max(choices)[2], {f"{span[0]} to {span[1]}": right for right, _, span in choices}
+
+
+def raced(folder: Path, split: str, span: tuple[float, float], pairs: int, device: str) -> tuple[np.ndarray, float]:
+    """Predicted labels (N,) of a split, and evaluations a picture; answers are kept in the folder."""
+    pipe = None
+    labels, evaluations = [], []
+    images = shortcut.load(split).images
+    with progress() as bar:
+        task = bar.add_task(f"race of {split}", total=len(images))
+        for start in range(0, len(images), CHUNK):
+            file = folder / "losses" / f"{split}-{span[0]}-{span[1]}-{pairs}-{start}.json"
+            if not file.exists():
+                if pipe is None:
+                    pipe = DiffusionClassifierPipeline.from_pretrained(folder).to(device)
+                    pipe.set_progress_bar_config(disable=True)
+                out = pipe(
+                    images[start : start + CHUNK], prompts={name: name for name in shortcut.CLASSES}, policy="race",
+                    plan=PairPlan(count=pairs, span=span),
+                )  # fmt: skip
+                answers = {"labels": [shortcut.CLASSES.index(label) for label in out.labels], "evaluations": out.evaluations}
+                write_atomic(file, json.dumps(answers).encode())
+            answers = json.loads(file.read_text())
+            labels += answers["labels"]
+            evaluations += answers["evaluations"]
+            bar.update(task, completed=len(labels))
+    return np.array(labels), float(np.mean(evaluations))
+
+
+def generative_labels(folder: Path, pairs: int, device: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Predicted labels (N,) by split, and how they were found."""
+    span, validated = choose_span(validation_losses(folder, device))
+    labels, evaluations = {}, {}
+    for split in REPORTED:
+        labels[split], evaluations[split] = raced(folder, split, span, pairs, device)
+    return labels, {"span": span, "evaluations_per_picture": evaluations, "validation_accuracy": validated}
 
 
 @torch.no_grad()
@@ -182,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generative", type=Path, default=Path("runs/shortcut/generative"))
     parser.add_argument("--discriminative", type=Path, default=Path("runs/shortcut/discriminative"))
-    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=256, help="of the plan that the test sets are raced on")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", choices=("generative", "discriminative"), help="train and measure this one, write nothing")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/shortcut.json"))
