@@ -15,7 +15,7 @@ their code for Stable Diffusion 2, so that texts of any length mean the same. Th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from genkit.denoisers.words import chosen_words, prompt_positions, word_position
 from genkit.guidance.base import Guidance, State
 from genkit.levels import broadcast
 
+Words = Sequence[str] | Callable[[str], Sequence[str]]
 SHARPNESS = 100.0  # of the softmax over tokens, in the authors' code
 TARGETS = ((0.0, 0.05), (0.2, 0.5), (0.4, 0.8))
 _KERNEL = (0.10650698, 0.78698604, 0.10650698)  # Gaussian of standard deviation 0.5, 3 taps
@@ -41,7 +42,7 @@ class AttendAndExcite(Guidance):
     Each displacement costs a forward and a backward pass of the network with the condition alone.
 
     Args:
-        words: what must not be overlooked, case ignored; every prompt must have all of them.
+        words: what must not be overlooked, case ignored: words that every prompt has, or a function from a prompt to those of it.
         scale: length of the displacements; 20 in the paper, for Stable Diffusion. 0 is off.
         grid: side of the attention maps; by default that nearest to a quarter of the latents' side (16 of 64 in the paper).
         until: fraction of the run after which nothing is displaced.
@@ -60,7 +61,7 @@ class AttendAndExcite(Guidance):
 
     def __init__(
         self,
-        words: Sequence[str],
+        words: Words,
         scale: float = 20.0,
         *,
         grid: int | None = None,
@@ -68,8 +69,8 @@ class AttendAndExcite(Guidance):
         targets: Sequence[tuple[float, float]] = TARGETS,
         refinements: int = 20,
     ) -> None:
-        listed = [words] if isinstance(words, str) else list(words)
-        if not listed or not all(isinstance(word, str) and word.strip() for word in listed):
+        words = [words] if isinstance(words, str) else words
+        if not callable(words) and not (words and all(isinstance(word, str) and word.strip() for word in words)):
             raise ValueError(f"words={words!r:.100} must be words of the prompt, for instance ['cat', 'frog'].")
         if not math.isfinite(scale) or scale < 0:
             raise ValueError(f"scale={scale} must be finite and at least 0.")
@@ -81,7 +82,7 @@ class AttendAndExcite(Guidance):
             raise ValueError(f"targets={targets!r:.100} must be pairs of a progress from 0 to 1 and a share between 0 and 1.")
         if refinements < 0:
             raise ValueError(f"refinements={refinements} must be at least 0.")
-        self.words, self.scale, self.grid, self.until = listed, float(scale), grid, until
+        self.words, self.scale, self.grid, self.until = words, float(scale), grid, until
         self.targets, self.refinements = sorted(targets), refinements
 
     def check(self, pipe: Any) -> None:
@@ -129,23 +130,26 @@ class AttentionReader:
 
     Args:
         denoiser, cond: what is evaluated, and the condition of B samples, made from prompts.
-        words: words that each prompt has.
+        words: as of `AttendAndExcite`.
         grid: side of the maps, or None for the paper's quarter of the latents' side.
     """
 
-    def __init__(self, denoiser: TextDenoiser, cond: Any, words: Sequence[str], grid: int | None = None) -> None:
+    def __init__(self, denoiser: TextDenoiser, cond: Any, words: Words, grid: int | None = None) -> None:
         self.denoiser, self.cond, self.grid = denoiser, cond, grid
         count = cond.tensors[denoiser.inputs[0]].shape[1]
         prompts = denoiser.prompts_of(cond)
+        chosen = [chosen_words(prompt, words(prompt) if callable(words) else words) for prompt in prompts]
         tokens = [prompt_positions(denoiser, prompt, count) for prompt in prompts]
         self.tokens = torch.zeros(len(prompts), count, max(map(len, tokens)))  # which token each column is
         self.open = torch.zeros(len(prompts), self.tokens.shape[2], dtype=torch.bool)
-        self.of_word = torch.zeros(len(prompts), self.tokens.shape[2], len(words))  # which word
+        self.of_word = torch.zeros(len(prompts), self.tokens.shape[2], max(map(len, chosen)))  # which word
+        self.missing = torch.ones(len(prompts), self.of_word.shape[2], dtype=torch.bool)  # a prompt of fewer words than another
         for i, prompt in enumerate(prompts):
             positions = word_positions(denoiser, prompt, count)
             self.tokens[i, tokens[i], range(len(tokens[i]))] = 1
             self.open[i, : len(tokens[i])] = True
-            for j, word in enumerate(chosen_words(prompt, words)):
+            self.missing[i, : len(chosen[i])] = False
+            for j, word in enumerate(chosen[i]):
                 if not positions[word]:
                     raise ValueError(f"The word {word!r} is beyond the {count} tokens that the model reads of {prompt!r:.100}.")
                 self.of_word[i, [tokens[i].index(position) for position in positions[word]], j] = 1
@@ -168,7 +172,7 @@ class AttentionReader:
         p_BLJ = torch.stack([self._map(attention) for attention in chosen]).mean(0)
         share_BLJ = (SHARPNESS * p_BLJ).masked_fill(~self.open[:, None].to(x.device), float("-inf")).softmax(-1)
         maps = (share_BLJ @ self.of_word.to(share_BLJ)).transpose(1, 2).unflatten(2, chosen[0].grid)
-        return smoothed(maps).amax((2, 3))
+        return smoothed(maps).amax((2, 3)).masked_fill(self.missing.to(x.device), 1.0)
 
     def _chosen(self, seen: list[Attention]) -> list[Attention]:
         """The attention of one grid."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from genkit.attention import _torch
+from genkit.attention import _torch, kernels
 from genkit.attention.shapes import check
 
 _ALIGNMENT = 8  # channels: what fused CUDA kernels want in half precision
@@ -51,6 +51,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale
     Example:
         >>> out, lse = attend(q, k, v)
     """
+    q, k, v = kernels.autocast(q, k, v)
     added = check(q, k, v, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.device.type == "cpu":

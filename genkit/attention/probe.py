@@ -61,19 +61,33 @@ def attend_probe(
     Example:
         >>> out, lse, entropy, map_BLJ = attend_probe(q, k, v, keys=[1, 2])
     """
-    added = check(q, k, v, mask)
+    values = k.detach() if v is None else v
+    q, k, values = kernels.autocast(q, k, values)
+    added = check(q, k, values, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = None if keys is None else check_keys(keys, k.shape[2], len(k), k.device)
-    if v is not None and kernels.unserved(q, v) is None:
-        out, lse, rows, heat = kernels.attend_probe(q, k, v, chosen, mask=added, scale=scale)
-        return Probe(out, lse, rows if entropy else None, None if chosen is None else heat)
+    if kernels.unserved(q, values) is None:
+        out, lse, rows, heat = kernels.attend_probe(q, k, values, chosen, mask=added, scale=scale)
+        probe = Probe(out, lse, rows if entropy else None, None if chosen is None else heat)
+    else:
+        probe = by_algebra(q, k, values, chosen, added, scale, entropy=entropy, output=v is not None)
+    return probe if v is not None else probe._replace(out=None)
+
+
+def by_algebra(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, mask: Tensor | None, scale: float, *, entropy: bool, output: bool
+) -> Probe:
+    """`attend_probe` by fused calls; what it is given has been checked.
+
+    Args:
+        output: whether the output is wanted.
+    """
     out = rows = None
-    if v is not None or not entropy:
-        out, lse = attend(q, k, k.detach() if v is None else v, mask=added, scale=scale)
+    if output or not entropy:
+        out, lse = attend(q, k, v, mask=mask, scale=scale)
     if entropy:
-        rows, lse = entropy_and_lse(q, k, added, scale)
-    out = None if v is None else out
-    return Probe(out, lse, rows, None if chosen is None else _map(q, k, chosen, lse, added, scale))
+        rows, lse = entropy_and_lse(q, k, mask, scale)
+    return Probe(out, lse, rows, None if keys is None else _map(q, k, keys, lse, mask, scale))
 
 
 def _map(q: Tensor, k: Tensor, keys: Tensor, lse: Tensor, mask: Tensor | None, scale: float) -> Tensor:

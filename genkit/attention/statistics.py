@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genkit.attention import kernels
 from genkit.attention.fused import attend
 from genkit.attention.shapes import check, check_keys
 
@@ -51,7 +52,9 @@ def row_statistic(q: Tensor, k: Tensor, values: Tensor, *, mask: Tensor | None =
         >>> rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
         >>> centroid = row_statistic(q, k, torch.stack([rows.flatten(), columns.flatten()], -1))
     """
+    q, k = kernels.autocast(q, k)
     check(q, k)
+    values = values.to(q.dtype)
     batch, heads, count, width = k.shape
     if values.ndim in (2, 3):
         if values.shape[-2] != count or (values.ndim == 3 and len(values) != batch):
@@ -87,6 +90,7 @@ def token_map(
     Example:
         >>> map_BLJ = token_map(q, k, keys=[2, 3])
     """
+    q, k = kernels.autocast(q, k)
     check(q, k)
     chosen = check_keys(keys, k.shape[2], len(k), k.device)
     one_hot = F.one_hot(chosen, k.shape[2]).transpose(-1, -2).to(k.dtype)
@@ -104,6 +108,7 @@ def row_entropy(q: Tensor, k: Tensor, *, mask: Tensor | None = None, scale: floa
     Raises:
         ValueError: shapes that do not fit, or such a mask.
     """
+    q, k = kernels.autocast(q, k)
     return entropy_and_lse(q, k, check(q, k, None, mask), q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
 
 
@@ -144,7 +149,7 @@ def attention_kl(
     Example:
         >>> loss = attention_kl((q_teacher, k_teacher), (q, k)).mean()
     """
-    (q_t, k_t), (q_s, k_s) = (x.detach() for x in teacher), student
+    (q_t, k_t), (q_s, k_s) = kernels.autocast(*(x.detach() for x in teacher)), kernels.autocast(*student)
     added = check(q_s, k_s, None, mask)
     check(q_t, k_t, None, added)
     if q_t.shape[:3] != q_s.shape[:3] or k_t.shape[:3] != k_s.shape[:3]:

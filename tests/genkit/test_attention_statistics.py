@@ -144,6 +144,17 @@ def test_without_values_or_entropy(kind):
                 assert value is None or torch.allclose(value, expected, atol=1e-6)
 
 
+def test_autocast_is_that_of_torchs_own_attention():
+    """Mixed dtypes are cast, as `scaled_dot_product_attention` casts them."""
+    q, k, v = tensors((2, 3, 37, 23, 40))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attend_probe(q, k.bfloat16(), v, [3])
+        assert torch.equal(found.out, torch.nn.functional.scaled_dot_product_attention(q, k.bfloat16(), v))
+        assert token_map(q, k.bfloat16(), [3]).dtype == row_statistic(q, k.bfloat16(), torch.ones(23, 1)).dtype == torch.bfloat16
+        torch.testing.assert_close(row_entropy(q, k.bfloat16()), found.entropy)
+        assert attention_kl((q, k.bfloat16()), (q, k.bfloat16())).abs().max() < 0.05
+
+
 def test_output_is_that_of_the_fused_call_bit_by_bit():
     q, k, v = tensors((2, 3, 37, 23, 40))
     assert torch.equal(attend_probe(q, k, v, [3]).out, torch.nn.functional.scaled_dot_product_attention(q, k, v))

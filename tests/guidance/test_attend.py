@@ -144,6 +144,17 @@ def test_samples_do_not_mix():
     torch.testing.assert_close(guidance.before(both)[:1], guidance.before(alone), atol=1e-5, rtol=1e-4)
 
 
+def test_each_prompt_may_have_words_of_its_own():
+    denoiser = denoiser_of("stable_diffusion")
+    state = state_of(denoiser)
+    own = {PROMPTS[0]: ["red", "paper"], PROMPTS[1]: ["cat"]}
+    shares, gradient = AttentionReader(denoiser, state.cond, own.__getitem__)(state.x, state)
+    assert shares[1, 1] == 1.0  # there is no second word
+    for i, words in enumerate(own.values()):
+        one = AttentionReader(denoiser, state.cond[i], words)(state.x[i : i + 1], state)
+        torch.testing.assert_close((shares[i : i + 1, : len(words)], gradient[i : i + 1]), one, atol=1e-6, rtol=1e-4)
+
+
 def evaluations(denoiser):
     calls = []
     denoiser.network.register_forward_hook(lambda *_: calls.append(1))
@@ -242,6 +253,7 @@ def test_by_name():
     [
         ({"words": []}, "words of the prompt"),
         ({"words": ["a", 3]}, "words of the prompt"),
+        ({"words": ""}, "words of the prompt"),
         ({"words": "a", "scale": float("nan")}, "scale=nan"),
         ({"words": "a", "scale": -1.0}, "scale=-1"),
         ({"words": "a", "grid": 0}, "grid=0"),

@@ -56,8 +56,9 @@ def attend_jvp(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention and its derivative in direction (tq, tk, tv), in one pass: `genkit.attention.attend_jvp` by the kernel, with its
-    arguments.
+    """Attention and its derivative in a direction, in one pass: the kernel of `genkit.attention.attend_jvp`, with its arguments.
+
+    Head dimensions up to 128, in float32 up to 64.
 
     Raises:
         ValueError: shapes, types, or a device that the kernels do not serve.
@@ -73,6 +74,6 @@ def attend_jvp(
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As torch's own attention does it: inside `torch.autocast` all take its type, but for float64."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors)
