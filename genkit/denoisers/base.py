@@ -134,8 +134,8 @@ class Denoiser(ABC):
         family: name of the family, for messages.
         classes: names of the pipeline classes that the adapter serves, subclasses included.
         inputs: names of the condition's tensors without which the network cannot run.
-        cross_attended: names of those (B, S, ...) that reach the network through its cross-attention alone, token by token; classifiers
-            then compute them once a prompt (`genkit.attention.folding`).
+        cross_attended: names of those (B, S, ...) that reach the network through its cross-attention alone, token by token;
+            classifiers then compute them once a prompt (`genkit.attention.folding`).
     """
 
     family: ClassVar[str]
