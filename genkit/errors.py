@@ -21,3 +21,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
 
 class UnfusedAttentionError(RuntimeError):
     """Attention that was to be fused is not; the message names the module, the reason and the remedy."""
+
+
+class UnfusedAttentionWarning(UserWarning):
+    """Attention is not fused; the message names the module and the reason."""

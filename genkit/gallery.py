@@ -60,8 +60,8 @@ class Gallery:
         if image is None:
             raise ValueError(f"There is no image of {recipe.name!r}: {outcome.error}")
         path = self.path(recipe)
-        text = {CHUNK: recipe.to_json(self._versions), "parameters": recipe.parameters(image.size, self._versions)}
-        save_png(image, path, text)
+        line = recipe.parameters(image.size, self._versions)
+        save_png(image, path, {CHUNK: recipe.to_json(self._versions, outcome.attention), "parameters": line})
         sidecar: dict[str, Any] = {
             "recipe": recipe.to_dict(),
             "hash": recipe.hash,
@@ -70,6 +70,7 @@ class Gallery:
             "scheduler": outcome.scheduler,
             "device": device,
             "dtype": recipe.dtype,
+            "attention": outcome.attention,
             "seconds": round(outcome.seconds, 4),
         }
         write_atomic(path.with_suffix(".json"), json.dumps(sidecar, indent=2).encode())

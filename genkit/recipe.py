@@ -120,13 +120,21 @@ class Recipe:
             del fields["tokens"]  # so that recipes from before there were tokens keep their hashes and names
         return fields
 
-    def to_json(self, versions: Mapping[str, str] | None = None) -> str:
-        """JSON (ASCII) of the fields and, for the reader's information, the versions it was made with."""
-        return json.dumps(self.to_dict() | ({"versions": dict(versions)} if versions else {}))
+    def to_json(self, versions: Mapping[str, str] | None = None, attention: Mapping[str, Any] | None = None) -> str:
+        """JSON (ASCII) of the fields and, for the reader's information, what the image was made with.
+
+        Args:
+            versions: of packages.
+            attention: `genkit.attention.proof.Proof.to_dict`, of which the counts are written.
+        """
+        counts = ("fused", "unfused", "unproven", "exceptions")
+        told: dict[str, Any] = {"versions": dict(versions)} if versions else {}
+        told |= {"attention": {name: attention[name] for name in counts}} if attention else {}
+        return json.dumps(self.to_dict() | told)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """The recipe that `to_json` wrote; versions are ignored.
+        """The recipe that `to_json` wrote; what it tells of versions and attention is ignored.
 
         Raises:
             ValueError: not JSON, an unknown field, or a field of the wrong type or range.
@@ -139,7 +147,8 @@ class Recipe:
             raise ValueError(f"The recipe is not JSON ({error}).") from error
         if not isinstance(content, dict):
             raise ValueError(f"The recipe is not a JSON object but {type(content).__name__}.")
-        content.pop("versions", None)
+        for told in ("versions", "attention"):
+            content.pop(told, None)
         extra = sorted(set(content) - {field.name for field in dataclasses.fields(cls)})
         if extra:
             raise ValueError(f"The recipe has an unknown field {extra[0]!r:.100}. It may come from another version of genkit.")

@@ -30,6 +30,7 @@ class Outcome:
     Args:
         seconds: time for the image (that of its batch, divided by the batch's size).
         scheduler: class and configuration of the scheduler that was used.
+        attention: what its attention was computed with, see `genkit.attention.proof.Proof.to_dict`.
     """
 
     recipe: Recipe
@@ -37,6 +38,7 @@ class Outcome:
     error: str | None
     seconds: float
     scheduler: dict[str, Any]
+    attention: dict[str, Any] | None = None
 
 
 def load(
@@ -47,17 +49,20 @@ def load(
     tokens: Sequence[Path] = (),
     allow_pickle: bool = False,
     quiet: bool = False,
+    text_encoders: bool = True,
 ) -> GuidedPipeline:
     """The pipeline for recipes of a model, on a device. An embedded name wins over a folder of the same name.
 
     Args:
         tokens: token files to load.
         quiet: silence the libraries' warnings too, from now on.
+        text_encoders: False loads none, for a model that only gets conditions which are encoded already.
 
     Raises:
         ValueError, OSError: see `GuidedPipeline.from_pretrained` and `GuidedPipeline.load_tokens`.
     """
     import torch
+    from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -70,7 +75,9 @@ def load(
         transformers_logging.set_verbosity_error()
     folder = zoo.path(model) if model in zoo.names() else model
     try:
-        pipe = GuidedPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), allow_pickle=allow_pickle)
+        names = [] if text_encoders else DiffusionPipeline.load_config(str(folder))
+        absent = {name: None for name in names if name.startswith("text_encoder")}
+        pipe = GuidedPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), allow_pickle=allow_pickle, **absent)
     except OSError as error:
         if Path(folder).is_dir():
             raise
@@ -139,6 +146,7 @@ def _run_or_split(
     began = time.perf_counter()
     try:
         images, scheduler = _sample(pipe, recipes, guidance, progress)
+        attention = pipe.attention
     except FloatingPointError as error:
         if len(recipes) > 1:
             for recipe in recipes:
@@ -148,7 +156,7 @@ def _run_or_split(
         return
     seconds = (time.perf_counter() - began) / len(recipes)
     for recipe, image in zip(recipes, images, strict=True):
-        yield Outcome(recipe, image, None, seconds, scheduler)
+        yield Outcome(recipe, image, None, seconds, scheduler, attention)
 
 
 def _sample(

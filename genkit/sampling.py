@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from genkit import _host
+from genkit.attention.proof import Proof, proving
 from genkit.levels import Level, broadcast, kind_of, levels_of
 from genkit.prediction import Prediction
 
@@ -75,23 +76,27 @@ def sample(
             x = state.x.detach().requires_grad_(True) if grad and not state.x.requires_grad else state.x
             return denoiser(x, state.level, state.cond, guidance_scale=guidance_scale)
 
-    for level in levels:
-        if interrupted is not None and interrupted():
-            break
-        state.level, state.log = level, {}
-        grad = torch.is_grad_enabled() if grad_evaluations is None else level.index >= len(levels) - grad_evaluations
-        with torch.set_grad_enabled(grad):
-            if guidance is not None:
-                state.x = guidance.before(state)
-            prediction = predict() if guidance is None else guidance(state, predict)
-            _require_finite(prediction, state, guidance)
-            x_next = step(scheduler, level, prediction, state.x, generator=generator, eta=eta)
-            if guidance is not None:
-                x_next = guidance.after(state, x_next)
-            if on_step is not None:
-                replaced = on_step(state, prediction, x_next)
-                x_next = x_next if replaced is None else replaced
-        state.x = x_next
+    with proving(Proof(denoiser, audits=False)) as proof:
+        for level in levels:
+            if interrupted is not None and interrupted():
+                break
+            state.level, state.log = level, {}
+            grad = torch.is_grad_enabled() if grad_evaluations is None else level.index >= len(levels) - grad_evaluations
+            # Steps of one kind call the same networks on the same shapes. What a guidance calls is not known.
+            kind = ("step", tuple(x.shape), str(x.dtype), guidance_scale in (0.0, 1.0), grad)
+            with torch.set_grad_enabled(grad):
+                with proof.step(*kind, fresh=guidance is not None):
+                    if guidance is not None:
+                        state.x = guidance.before(state)
+                    prediction = predict() if guidance is None else guidance(state, predict)
+                _require_finite(prediction, state, guidance)
+                x_next = step(scheduler, level, prediction, state.x, generator=generator, eta=eta)
+                if guidance is not None:
+                    x_next = guidance.after(state, x_next)
+                if on_step is not None:
+                    replaced = on_step(state, prediction, x_next)
+                    x_next = x_next if replaced is None else replaced
+            state.x = x_next
     return state.x
 
 

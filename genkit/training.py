@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from genkit.attention.proof import Proof
 from genkit.console import progress
 from genkit.ranks import Ranks
 
@@ -104,6 +105,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda k: _warmup_cosine(k, config))
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+        self.proof = Proof(model)
         self.step = 0
         self.average: float | None = None
         self.best: dict[str, Any] = {"loss": math.inf, "step": 0, "weights": None}
@@ -132,22 +134,26 @@ class _Run:
         os.replace(file.with_suffix(".tmp"), file)
 
     def train(self, loss: Callable[..., Tensor], validate: Callable[[Any], dict[str, float]] | None) -> Any:
-        config, saved = self.config, time.monotonic()
+        config, saved, told = self.config, time.monotonic(), self.step > 0
         self.began = saved
         try:
             with (
+                self.proof,
                 progress(disable=not self.ranks.leads) as bar,
                 open(self.folder / f"log{self.ranks.index or ''}.jsonl", "a") as log,
             ):
                 task = bar.add_task(self.name, total=config.steps, completed=self.step)
                 while self.step < config.steps and not (validate and self._exhausted()):
-                    self._advance(loss)
+                    with self.proof.step("update"):
+                        self._advance(loss)
                     bar.update(task, completed=self.step, description=f"{self.name}  loss {self.average:.4f}")
                     entry: dict[str, Any] = {}
                     if validate and (self.step % config.validate_every == 0 or self.step == config.steps):
                         entry["validation"] = self._validate(validate)
                     if entry or self.step % 50 == 0:
                         entry = {"step": self.step, "loss": round(self.average or 0.0, 5), **entry}
+                        entry |= {} if told else {"attention": self.proof.to_dict()}
+                        told = True
                         print(json.dumps(entry | {"seconds": round(time.monotonic() - self.began, 1)}), file=log, flush=True)
                     if time.monotonic() - saved > config.checkpoint_seconds:
                         self.save()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from genkit import _host
+from genkit.attention.proof import Proof
 from genkit.guidance.base import Guidance, State
 from genkit.guidance.energy import as_guidance
 from genkit.guidance.evaluation import (
@@ -97,7 +98,7 @@ def attach(
     )
     scheduler.__class__ = _guided_class(getattr(previous, "_original", previous), session)
     try:
-        with reader.watching():
+        with reader.watching(), Proof(pipe):
             yield pipe
     finally:
         scheduler.__class__ = previous

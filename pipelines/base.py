@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from genkit import zoo
+from genkit.attention.proof import Known
 from genkit.checkpoints import check_folder
 from genkit.denoisers import Denoiser
 from genkit.distill.spec import FewStepSpec
@@ -23,6 +24,8 @@ class HostedPipeline:
     The host is shared, not copied, and is left as it was after each call; `save_pretrained` writes the stock format. Everything
     that is not defined here (`components`, `to`, `progress_bar`, `vae`, `scheduler`, ...) is the host's.
 
+    `attention` says what the last call's attention was computed with (`genkit.attention.proof.Proof.to_dict`); None before it.
+
     `student` says how a few-step student samples (`genkit_distill.json` in the folder that the host was loaded from); None for
     any other model.
     """
@@ -33,6 +36,8 @@ class HostedPipeline:
         folder = getattr(host, "name_or_path", None)
         self.student: FewStepSpec | None = None if folder is None else FewStepSpec.load(folder)
         self.tokens: list[str] = []
+        self.attention: dict[str, Any] | None = None
+        self._audited: Known = {}
         self._interrupt = False
 
     @classmethod

@@ -13,6 +13,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from genkit.attention.proof import Proof
 from genkit.denoisers.modes import evaluating
 from genkit.errors import unknown
 from genkit.pipelines.base import HostedPipeline
@@ -175,7 +176,8 @@ class DiffusionClassifierPipeline(HostedPipeline):
 
         # Not every iterable has a length; infinity is what tqdm takes for that.
         total = len(images) if isinstance(images, Sized) and not is_single(images) else math.inf
-        with evaluating(self.denoiser.network), self.host.progress_bar(total=total) as bar:
+        proof = Proof(self.host, known=self._audited)
+        with proof, evaluating(self.denoiser.network), self.host.progress_bar(total=total) as bar:
             search = scorer.run(
                 samples(), classes.cond, AgainstNull(inner=policy) if pmi else policy,
                 offsets=reading.offsets, classes=classes.rows, merge=merge, progress=on_batch,
@@ -190,6 +192,7 @@ class DiffusionClassifierPipeline(HostedPipeline):
                 pass
         if not count:
             raise ValueError("There are no images. Give at least one.")
+        self.attention = proof.to_dict()
         self.host.maybe_free_model_hooks()
         output = _collected([results.get(i) for i in range(count)])
         return output if return_dict else output.to_tuple()

@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from genkit import _host, noise
+from genkit.attention.proof import Proof
 from genkit.denoisers import Cond
 from genkit.distill.schedule import set_levels
 from genkit.guidance import Guidance, State, as_guidance
@@ -121,10 +122,12 @@ class GuidedPipeline(HostedPipeline):
         self._check_guidance(guidance)
         self._interrupt = False
 
-        cond = self._condition(
-            prompts=prompt, negative_prompts=negative_prompt, labels=class_labels,
-            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, **conditioning,
-        )  # fmt: skip
+        proof = Proof(self.host, known=self._audited)
+        with proof, proof.step("condition", prompt_embeds is None):
+            cond = self._condition(
+                prompts=prompt, negative_prompts=negative_prompt, labels=class_labels,
+                prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, **conditioning,
+            )  # fmt: skip
         if cond is not None and num_images_per_prompt != 1:
             cond = cond.repeat(num_images_per_prompt)
         count = self._count(cond, batch_size, seeds, generator, latents)
@@ -150,7 +153,7 @@ class GuidedPipeline(HostedPipeline):
             generator = noise.generators(seeds, noise.SAMPLER)
 
         energy: dict[str, Tensor] = {}
-        with self.host.progress_bar(total=len(scheduler.timesteps)) as bar:
+        with proof, self.host.progress_bar(total=len(scheduler.timesteps)) as bar:
 
             def on_step(state: State, prediction: Prediction, x_next: Tensor) -> Tensor | None:
                 energy.update(state.log)
@@ -171,7 +174,9 @@ class GuidedPipeline(HostedPipeline):
                 denoiser, scheduler, x, cond, guidance=guidance, guidance_scale=guidance_scale, seeds=seeds,
                 generator=generator, eta=eta, on_step=on_step, interrupted=lambda: self._interrupt,
             )  # fmt: skip
-        images = self._decode(x, output_type)
+            with proof.step("decode", tuple(x.shape), output_type == "latent"):
+                images = self._decode(x, output_type)
+        self.attention = proof.to_dict()
         self.host.maybe_free_model_hooks()
         output = GuidedPipelineOutput(images=images, seeds=None if seeds is None else list(seeds), energy=energy)
         return output if return_dict else output.to_tuple()

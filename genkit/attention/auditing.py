@@ -13,7 +13,7 @@ they really run is not seen, and is called unproven.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -45,7 +45,7 @@ def audit(fn: Callable[[], Any], *models: Any) -> AttentionReport:
         >>> report.fused, report.unfused, report.unproven
         >>> rich.print(report.table())
     """
-    with Watch(paths_of(*models)) as watch:
+    with Watch(*models) as watch:
         fn()
     return watch.report()
 
@@ -68,15 +68,15 @@ class Watch(TorchDispatchMode):
     """Counts attention while it is entered.
 
     Args:
-        paths: of `paths_of`.
+        models: for the names of modules.
         on_unfused: called with (path, reason) at every unfused call.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, paths: Mapping[int, str], *, on_unfused: Callable[[str, str], None] | None = None) -> None:
+    def __init__(self, *models: Any, on_unfused: Callable[[str, str], None] | None = None) -> None:
         super().__init__()
-        self.paths, self.on_unfused = paths, on_unfused
+        self.paths, self.on_unfused = paths_of(*models), on_unfused
         self.counts: dict[str, ModuleAttention] = {}
         self._marks: dict[int, _Mark] = {}  # by the address of the storage
         self._calls: dict[int, Place] = {}  # of fused calls, by the address of their log-sum-exp

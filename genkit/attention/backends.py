@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from genkit import _host
-from genkit.attention.choices import AUTO, CHOICES, KERNELS, STRICT, check_choice
+from genkit.attention.choices import AUTO, CHOICES, KERNELS, POLICIES, check_choice
 from genkit.attention.guard import excused, only
 from genkit.attention.places import modules_of
 from genkit.attention.varlen import attend_varlen
@@ -64,12 +64,12 @@ def use_attention(model: Any, choice: str = AUTO) -> Iterator[None]:
     """
     choice = check_choice(choice)
     networks = _networks(model)
-    if choice not in (AUTO, STRICT):
+    if choice not in POLICIES:
         _require_usable(choice, _device(networks))
     with ExitStack() as stack:
         _modes.append(choice)
         stack.callback(_modes.remove, choice)
-        if choice not in (AUTO, STRICT):
+        if choice not in POLICIES:
             scope = _scope_of(choice)
             for network in networks:
                 stack.enter_context(_host.on_native_attention(network))
@@ -81,7 +81,7 @@ def use_attention(model: Any, choice: str = AUTO) -> Iterator[None]:
 def why_unusable(choice: str, device: str | torch.device = "cpu") -> str | None:
     """Why a choice cannot be used on a device; None if it can. Nothing is downloaded."""
     choice, kind = check_choice(choice), torch.device(device).type
-    if choice in (AUTO, STRICT, "math"):
+    if choice in (*POLICIES, "math"):
         return None
     try:
         if choice in KERNELS:

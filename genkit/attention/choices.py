@@ -6,9 +6,8 @@ import re
 
 from genkit.errors import unknown
 
-AUTO, STRICT = "auto", "strict"
+POLICIES = AUTO, STRICT = "auto", "strict"
 KERNELS = ("flash", "efficient", "cudnn", "math")  # of scaled_dot_product_attention itself
-PACKAGES = ("xformers", "varlen")
 CHOICES = {
     AUTO: "torch's own choice for each call; what is not fused is said, counted, and runs",
     STRICT: "the same, but attention that is not fused is an error",

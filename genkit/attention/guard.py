@@ -10,18 +10,19 @@ Guards are for the whole process, as `torch.nn.attention.sdpa_kernel` is. They n
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections import ChainMap, Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from genkit.attention.fallback import Fallback, listening
 from genkit.attention.places import here, paths_of
-from genkit.errors import UnfusedAttentionError
+from genkit.errors import UnfusedAttentionError, UnfusedAttentionWarning
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,21 @@ class _Guard:
     """An open guard, or with `excuse` an open exception."""
 
     def __init__(
-        self, *, raises: bool = False, excuse: str | None = None, paths: dict[int, str] | None = None, note: str = ""
+        self,
+        models: Sequence[Any] = (),
+        *,
+        raises: bool = False,
+        excuse: str | None = None,
+        note: str = "",
+        log: AttentionLog | None = None,
     ) -> None:
-        self.raises, self.excuse, self.paths, self.note, self.log = raises, excuse, paths or {}, note, AttentionLog()
+        self.models, self.raises, self.excuse, self.note = models, raises, excuse, note
+        self.log = AttentionLog() if log is None else log
+
+    @functools.cached_property
+    def paths(self) -> dict[int, str]:
+        """The names of the models' modules, made when they are needed."""
+        return paths_of(*self.models)
 
 
 _guards: list[_Guard] = []
@@ -75,31 +88,42 @@ def strict(*models: Any, watch: bool = False) -> Iterator[AttentionLog]:
         ...     pipe("a red seven")
     """
     from genkit.attention.auditing import Watch
+
+    refuse_never(*models)
+    with guarding(*models, raises=True) as log, Watch(*models, on_unfused=refuse) if watch else nullcontext():
+        yield log
+
+
+def refuse_never(*models: Any) -> None:
+    """Raise for parts of models that can never fuse.
+
+    Raises:
+        UnfusedAttentionError: names the first of them.
+    """
     from genkit.attention.linting import lint
 
-    never = [finding for finding in lint(*models) if finding.never]
+    never = [finding.text for finding in lint(*models) if finding.never]
     if never:
-        raise UnfusedAttentionError(" ".join(finding.text for finding in never[:3]) + (" ..." if len(never) > 3 else ""))
-    guard = _Guard(raises=True, paths=paths_of(*models))
-    with ExitStack() as stack:
-        stack.enter_context(_opened(guard))
-        if watch:
-            stack.enter_context(Watch(guard.paths, on_unfused=_refuse))
-        yield guard.log
+        raise UnfusedAttentionError(never[0] + (f" There are {len(never) - 1} more." if never[1:] else ""))
+
+
+def tolerant(*models: Any) -> Any:
+    """Inside the block, unfused attention runs, is counted, and is warned of once for each module. Yields the counts."""
+    return guarding(*models)
 
 
 @contextmanager
-def tolerant(*models: Any) -> Iterator[AttentionLog]:
-    """Inside the block, unfused attention runs, is counted, and is warned of once for each module."""
-    guard = _Guard(paths=paths_of(*models))
+def guarding(*models: Any, raises: bool = False, log: AttentionLog | None = None) -> Iterator[AttentionLog]:
+    """A guard that refuses, or counts; in a log that is there, if it is given."""
+    guard = _Guard(models, raises=raises, log=log)
     with _opened(guard):
         yield guard.log
 
 
 @contextmanager
-def excused(name: str, *backends: SDPBackend) -> Iterator[None]:
+def excused(name: str) -> Iterator[None]:
     """A named exception: inside the block attention may be unfused, and every guard around it counts the calls under the name."""
-    with sdpa_kernel(list(backends or (SDPBackend.MATH,))), _opened(_Guard(excuse=name)):
+    with sdpa_kernel(SDPBackend.MATH), _opened(_Guard(excuse=name)):
         yield
 
 
@@ -141,23 +165,32 @@ def _notice(call: Fallback) -> None:
             excuse = guard.excuse
             break
         if guard.raises:
-            _refuse(here(ChainMap(*[found.paths for found in _guards])).path, call.reason(), guard.note)
+            refuse(here(_known_paths()).path, call.reason(), guard.note)
     for guard in _guards:
         if guard.excuse is None and excuse is not None:
             if not guard.log.exceptions[excuse]:
-                logger.info("Unfused attention in %s, allowed as %r.", here(guard.paths).path, excuse)
+                logger.info("Unfused attention in %s, allowed as %r.", here(_known_paths()).path, excuse)
             guard.log.exceptions[excuse] += 1
         elif guard.excuse is None:
             _count(guard, call)
 
 
-def _refuse(path: str, reason: str, note: str = "") -> None:
+def _known_paths() -> Mapping[int, str]:
+    return ChainMap(*[guard.paths for guard in reversed(_guards)])
+
+
+def refuse(path: str, reason: str, note: str = "") -> None:
     raise UnfusedAttentionError(f"The attention of {path} is not fused{note}: {reason}.")
 
 
+def warn(text: str) -> None:
+    """Say that attention is not fused, once for each text."""
+    warnings.warn(text, UnfusedAttentionWarning, stacklevel=2)
+
+
 def _count(guard: _Guard, call: Fallback) -> None:
-    path = here(guard.paths).path
+    path = here(_known_paths()).path
     if not guard.log.fallbacks[path]:
         guard.log.reasons[path] = call.reason()
-        warnings.warn(f"The attention of {path} is not fused: {guard.log.reasons[path]}.", stacklevel=2)
+        warn(f"The attention of {path} is not fused: {guard.log.reasons[path]}.")
     guard.log.fallbacks[path] += 1

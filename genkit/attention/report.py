@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+COUNTS = ("fused", "unfused", "unproven", "fused_backward", "unfused_backward", "unproven_backward")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModuleAttention:
@@ -31,6 +33,12 @@ class ModuleAttention:
     unproven_backward: int = 0
     kernels: tuple[str, ...] = ()
     reason: str = ""
+
+    def joined(self, other: ModuleAttention) -> ModuleAttention:
+        """The calls of the same module in two reports."""
+        counts = {name: getattr(self, name) + getattr(other, name) for name in COUNTS}
+        kernels = tuple(dict.fromkeys(self.kernels + other.kernels))
+        return ModuleAttention(path=self.path, kernels=kernels, reason=self.reason or other.reason, **counts)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values: path, forward and backward counts, kernels, reason."""
@@ -62,8 +70,11 @@ class AttentionReport:
         return sum(m.unproven + m.unproven_backward for m in self.modules)
 
     def __add__(self, other: AttentionReport) -> AttentionReport:
-        """The modules of this report, then those of another."""
-        return AttentionReport(modules=self.modules + other.modules)
+        """Both, module by module."""
+        merged = {module.path: module for module in self.modules}
+        for module in other.modules:
+            merged[module.path] = merged[module.path].joined(module) if module.path in merged else module
+        return AttentionReport(modules=tuple(merged.values()))
 
     def to_dict(self) -> dict[str, Any]:
         """{"fused", "unfused", "unproven", "modules": [...]} as JSON values, for each module what `ModuleAttention.to_dict` has."""
@@ -77,6 +88,7 @@ class AttentionReport:
 
         table = Table("module", "modules", "fused", "unfused", "unproven", "kernel", box=None, pad_edge=False, show_footer=True)
         totals = (str(len(self.modules)), str(self.fused), str(self.unfused), str(self.unproven))
+        table.columns[0].overflow = table.columns[-1].overflow = "fold"
         for column, total in zip(table.columns, ("all", *totals, ""), strict=True):
             column.footer = total
         for pattern, members in self._groups().items():

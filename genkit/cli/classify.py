@@ -8,7 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
-from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, check_model, command, option, read_prompts
+from genkit.cli.common import (
+    Attn,
+    Debug,
+    Device,
+    Json,
+    Output,
+    Quiet,
+    check_attn,
+    check_device,
+    check_model,
+    command,
+    option,
+    read_prompts,
+)
 
 _WHAT, _HOW, _WHERE, _MACHINE = "What to tell apart", "How to decide", "Files", "Machine"
 
@@ -66,6 +79,7 @@ def classify(
         bool, option(_MACHINE, "Compute what labels and images share once, not in each evaluation; up to rounding the same.")
     ] = True,
     device: Device = "auto",
+    attn: Attn = "auto",
     dtype: Annotated[str, option(_MACHINE, "float32, float16 or bfloat16.")] = "float32",
     allow_pickle: Annotated[bool, option(_MACHINE, "Accept weights that are pickles.", "--allow-pickle")] = False,
     as_json: Json = False,
@@ -96,6 +110,7 @@ def classify(
         from genkit.recipe import DTYPES
 
         check_device(device)
+        attn = check_attn(attn)
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
         ranks = Ranks.from_environment()
@@ -116,7 +131,7 @@ def classify(
             _print_plan(output, files, names, settings, truth is not None)
             return
         Job(files, names, settings, truth, table, ranks, output).run(
-            device=device, batch_size=batch, fold=fold, allow_pickle=allow_pickle, resume=resume
+            device=device, attn=attn, batch_size=batch, fold=fold, allow_pickle=allow_pickle, resume=resume
         )
 
 

@@ -107,9 +107,10 @@ class Job:
         self.records: dict[str, Record] = {}
         self.failed: dict[str, str] = {}
         self.notes: dict[str, list[str]] = {}
+        self.attention: dict[str, Any] | None = None
         self.began = time.perf_counter()
 
-    def run(self, *, device: str, batch_size: int, fold: bool, allow_pickle: bool, resume: bool) -> None:
+    def run(self, *, device: str, attn: str = "auto", batch_size: int, fold: bool, allow_pickle: bool, resume: bool) -> None:
         """Classify what is missing, meet the other processes, report.
 
         Raises:
@@ -123,7 +124,7 @@ class Job:
             mine = self._unfinished(self.ranks.share(self.files))
             self.ranks.wait()  # nobody writes a journal while another reads it
             if mine:
-                self._classify(mine, own or device, batch_size, fold, allow_pickle)
+                self._classify(mine, own or device, attn, batch_size, fold, allow_pickle)
             self._merge()
         except KeyboardInterrupt:
             hint = "Repeat with --resume to finish." if self.table else "These are printed; --out would have kept them."
@@ -143,7 +144,8 @@ class Job:
                 self.records[str(file)] = record
         return [file for file in files if str(file) not in self.records]
 
-    def _classify(self, files: list[Path], device: str, batch_size: int, fold: bool, allow_pickle: bool) -> None:
+    def _classify(self, files: list[Path], device: str, attn: str, batch_size: int, fold: bool, allow_pickle: bool) -> None:
+        from genkit.attention import use_attention
         from genkit.console import progress
         from genkit.pipelines import DiffusionClassifierPipeline
         from genkit.runner import load
@@ -176,7 +178,9 @@ class Job:
                 bar.advance(task)
 
             pipe = DiffusionClassifierPipeline.from_pipe(host)
-            pipe(itertools.chain([first], pictures), batch_size=batch_size, fold=fold, callback=keep, **arguments)
+            with use_attention(pipe, attn):
+                pipe(itertools.chain([first], pictures), batch_size=batch_size, fold=fold, callback=keep, **arguments)
+            self.attention = pipe.attention
 
     def _pictures(self, files: list[Path], read: list[Path]) -> Iterator[Image.Image]:
         """The pictures that can be read; `read` gets their files."""
@@ -233,7 +237,10 @@ class Job:
 
     def _document(self) -> dict[str, Any]:
         failed = [{"image": image, "error": error} for image, error in self.failed.items()]
-        return {"results": self._results(), "failed": failed, **self._accuracy(), "seconds": time.perf_counter() - self.began}
+        return {
+            "results": self._results(), "failed": failed, **self._accuracy(), "attention": self.attention,
+            "seconds": time.perf_counter() - self.began,
+        }  # fmt: skip
 
     def _report(self) -> None:
         if self.ranks.leads:

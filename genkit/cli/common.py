@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from genkit.errors import UnfusedAttentionError, UnfusedAttentionWarning
 
 if TYPE_CHECKING:
     from genkit.ranks import Ranks
@@ -26,6 +29,14 @@ Device = Annotated[
     str,
     typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu; auto takes the fastest there is.", rich_help_panel="Machine"),
 ]
+Attn = Annotated[
+    str,
+    typer.Option(
+        help="What computes attention: auto (fused where it can be, and says where not), strict (an error where not), flash, "
+        "efficient, cudnn, math, xformers, varlen or hub:NAME. `genkit doctor` says which are usable.",
+        rich_help_panel="Machine",
+    ),
+]
 
 
 def option(panel: str, text: str, *names: str, **arguments: Any) -> Any:
@@ -34,7 +45,7 @@ def option(panel: str, text: str, *names: str, **arguments: Any) -> Any:
 
 
 # What a user can cause and repair; anything else is a defect of genkit.
-USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, UnfusedAttentionError)
 
 
 class Output:
@@ -78,7 +89,8 @@ def command(*, as_json: bool, quiet: bool, debug: bool) -> Iterator[Output]:
     output = Output(as_json=as_json, quiet=quiet)
     before, console.quiet = console.quiet, quiet
     try:
-        yield output
+        with _plain_warnings(output):
+            yield output
     except (typer.Exit, typer.BadParameter, BrokenPipeError):
         raise
     except KeyboardInterrupt:
@@ -95,6 +107,24 @@ def command(*, as_json: bool, quiet: bool, debug: bool) -> Iterator[Output]:
         _fail(output, f"{type(error).__name__}: {error}\n{_advice(error)}", BROKEN)
     finally:
         console.quiet = before
+
+
+@contextmanager
+def _plain_warnings(output: Output) -> Iterator[None]:
+    """What genkit warns of is a line on stderr, without the place in its code."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if issubclass(category, UnfusedAttentionWarning):
+            output.note(f"Warning: {_printable(str(message))}")
+        else:
+            before(message, category, *place, **options)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 @contextmanager
@@ -143,6 +173,17 @@ def _fail(output: Output, message: str, code: int) -> None:
 def _printable(text: str) -> str:
     """Without control characters, which could come from a file and forge terminal output."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
+
+
+def check_attn(name: str) -> str:
+    """The choice of `--attn`, in lower case, without torch.
+
+    Raises:
+        ValueError: no such choice.
+    """
+    from genkit.attention.choices import check_choice
+
+    return check_choice(name)
 
 
 def check_device(name: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.common import BROKEN, Debug, Json, Output, Quiet, command, option, positive_numbers
+from genkit.cli.common import BROKEN, Debug, Json, Output, Quiet, command, option, positive_numbers, resolve_device
 
 if TYPE_CHECKING:
     from genkit.doctoring import Diagnosis
@@ -134,6 +134,7 @@ def run_checks() -> Iterator[Check]:
         yield _attempt(f"import {name}", functools.partial(_import, name), needed=True)
     yield _attempt("devices", _devices, needed=True)
     yield _attempt("fused attention", _fused_attention, needed=True)
+    yield from _attention_backends()
     for name, purpose in OPTIONAL_PACKAGES.items():
         yield _attempt(name, functools.partial(_optional, name, purpose), needed=False)
     yield from _models()
@@ -213,6 +214,20 @@ def _fused_attention() -> str:
             scaled_dot_product_attention(x, x, x)
         works.append(device)
     return f"scaled_dot_product_attention runs fused on {' and '.join(works)}"
+
+
+def _attention_backends() -> Iterator[Check]:
+    """Which choices of `--attn` are usable on the fastest device, and why not the others."""
+    from genkit.attention.backends import why_unusable
+    from genkit.attention.choices import CHOICES, POLICIES
+
+    device = resolve_device("auto")
+    for name, what in CHOICES.items():
+        if name in POLICIES:
+            continue
+        # What is missing for one kernel of the Hub is missing for all.
+        reason = why_unusable("hub:flash" if name == "hub:NAME" else name, device)
+        yield Check(f"--attn {name}", OK if reason is None else OPTIONAL, f"{what}" if reason is None else reason)
 
 
 def _models() -> Iterator[Check]:

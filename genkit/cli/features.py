@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.common import Debug, Device, Json, Output, Quiet, check_device, check_model, command, option, resumable
+from genkit.cli.common import (
+    Attn,
+    Debug,
+    Device,
+    Json,
+    Output,
+    Quiet,
+    check_attn,
+    check_device,
+    check_model,
+    command,
+    option,
+    resumable,
+)
 
 if TYPE_CHECKING:
     from genkit.ranks import Ranks
@@ -34,6 +47,7 @@ def features(
     resume: Annotated[bool, option(_WHERE, "Go on with the features in --out.", "--resume")] = False,
     dry_run: Annotated[bool, option(_WHERE, "Say what would be done, and stop.", "--dry-run")] = False,
     device: Device = "auto",
+    attn: Attn = "auto",
     dtype: Annotated[str, option(_MACHINE, "Of the network: float32, float16 or bfloat16.")] = "float32",
     batch: Annotated[int, option(_MACHINE, "Images at a time.", min=1)] = 32,
     as_json: Json = False,
@@ -57,6 +71,7 @@ def features(
         from genkit.recipe import DTYPES
 
         check_device(device)
+        attn = check_attn(attn)
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
         check_model(model, False)
@@ -72,7 +87,9 @@ def features(
             output.result(plan, f"Would save features of {data} at {taps} and t {t} of {model} into {out}.")
             return
         with resumable(output, plan, ranks):
-            document = _extract(output, plan, out, ranks, count=count, resume=resume, device=device, dtype=dtype, batch=batch)
+            document = _extract(
+                output, plan, out, ranks, count=count, resume=resume, device=device, attn=attn, dtype=dtype, batch=batch
+            )
         shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in document["shapes"].items())
         output.result(document, f"Features of {document['images']:,} images in {out}: {shapes}")
 
@@ -123,9 +140,10 @@ def open_data(name: str, count: int | None) -> Any:
 
 
 def _extract(
-    output: Output, plan: dict[str, Any], out: Path, ranks: Ranks, *, count: int | None, resume: bool, device: str, dtype: str,
-    batch: int,
+    output: Output, plan: dict[str, Any], out: Path, ranks: Ranks, *, count: int | None, resume: bool, device: str, attn: str,
+    dtype: str, batch: int,
 ) -> dict[str, Any]:  # fmt: skip
+    from genkit.attention import use_attention
     from genkit.cli.common import resolve_device
     from genkit.console import progress
     from genkit.features import FeatureCache, FeatureExtractor
@@ -137,10 +155,11 @@ def _extract(
     extractor = FeatureExtractor(
         pipe.denoiser, plan["taps"], t=plan["t"], noise=plan["noise"], pool=plan["pool"], seed=plan["seed"]
     )
-    with progress(disable=not ranks.leads) as bar:
+    with progress(disable=not ranks.leads) as bar, use_attention(pipe, attn):
         task = bar.add_task("features", total=-(-len(source) // ranks.world))
         cache = FeatureCache.build(
             extractor, source, out, dtype=plan["storage"], batch_size=batch, resume=resume, ranks=ranks,
             progress=lambda rows: bar.advance(task, rows),
         )  # fmt: skip
-    return {**plan, "images": len(cache), "shapes": {tap: list(cache[tap].shape) for tap in cache.record["taps"]}}
+    shapes = {tap: list(cache[tap].shape) for tap in cache.record["taps"]}
+    return {**plan, "images": len(cache), "shapes": shapes, "attention": extractor.proof.to_dict()}

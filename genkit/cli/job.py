@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ class Job:
         self.errors: dict[Recipe, str] = {}
         self.began = time.perf_counter()
 
-    def run(self, *, device: str, batch_size: int, allow_pickle: bool, grid: bool, tokens: Sequence[Path]) -> None:
+    def run(
+        self, *, device: str, attn: str = "auto", batch_size: int, allow_pickle: bool, grid: bool, tokens: Sequence[Path]
+    ) -> None:
         """Make what is missing, wait for the other processes, report.
 
         Raises:
@@ -39,7 +42,7 @@ class Job:
         try:
             own = self.ranks.join(cpu=device == "cpu")
             if mine:
-                self._make(mine, own or device, batch_size, allow_pickle, tokens)
+                self._make(mine, own or device, attn, batch_size, allow_pickle, tokens)
             self.ranks.wait()
             sheet = self.gallery.save_sheet(self.table) if grid and self.ranks.leads and len(self.table.recipes) > 1 else None
         except KeyboardInterrupt:
@@ -51,12 +54,15 @@ class Job:
             self.ranks.leave()
         self._report(sheet)
 
-    def _make(self, recipes: list[Recipe], device: str, batch_size: int, allow_pickle: bool, tokens: Sequence[Path]) -> None:
+    def _make(
+        self, recipes: list[Recipe], device: str, attn: str, batch_size: int, allow_pickle: bool, tokens: Sequence[Path]
+    ) -> None:
+        from genkit.attention import use_attention
         from genkit.console import progress
         from genkit.runner import load, run
 
         first = recipes[0]
-        with progress(disable=not self.ranks.leads) as bar:
+        with progress(disable=not self.ranks.leads) as bar, ExitStack() as stack:
             task = bar.add_task(f"loading {Path(first.model).name}", total=len(recipes))
             device = resolve_device(device)
             pipe = load(
@@ -67,6 +73,7 @@ class Job:
                 allow_pickle=allow_pickle,
                 quiet=self.output.quiet,
             )
+            stack.enter_context(use_attention(pipe, attn))
             bar.update(task, description="sampling")
             for count, outcome in enumerate(
                 run(pipe, recipes, batch_size=batch_size, progress=lambda images: bar.advance(task, images)), 1

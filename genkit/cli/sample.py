@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from genkit.cli.common import (
+    Attn,
     Debug,
     Device,
     Json,
     Output,
     Quiet,
+    check_attn,
     check_device,
     check_model,
     command,
@@ -68,6 +70,7 @@ def sample(
     dry_run: Annotated[bool, option(_WHERE, "Print what would be made, and stop.", "--dry-run")] = False,
     batch: Annotated[int, option(_MACHINE, "Images at a time; it changes none by more than rounding.", min=1)] = 16,
     device: Device = "auto",
+    attn: Attn = "auto",
     dtype: Annotated[str | None, option(_MACHINE, "float32, float16 or bfloat16.", show_default="float32")] = None,
     allow_pickle: Annotated[bool, option(_MACHINE, "Accept weights that are pickles.", "--allow-pickle")] = False,
     as_json: Json = False,
@@ -99,6 +102,7 @@ def sample(
         if not ranks.leads:
             output.mute()
         check_device(device)
+        attn = check_attn(attn)
         settings = dict(model=model, negative=negative, steps=steps, cfg=cfg, sampler=sampler, eta=eta, dtype=dtype)  # noqa: C408
         base = _base(source, settings, size=size, guidance=guidance, tokens=token)
         folder = check_model(base.model, allow_pickle)
@@ -113,7 +117,7 @@ def sample(
         gallery = Gallery(out)
         done = {recipe for recipe in table.recipes if resume and gallery.has(recipe)}
         Job(table, gallery, done, ranks, output).run(
-            device=device, batch_size=batch, allow_pickle=allow_pickle, grid=grid, tokens=token or []
+            device=device, attn=attn, batch_size=batch, allow_pickle=allow_pickle, grid=grid, tokens=token or []
         )
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkit import noise as noises
+from genkit.attention.proof import Proof
 from genkit.denoisers import Cond, Denoiser
 from genkit.denoisers.base import with_network
 from genkit.denoisers.modes import evaluating
@@ -64,6 +65,7 @@ class FeatureExtractor:
         taps: the places, in the order given.
         draws: number of draws that are averaged.
         levels: the noise level of each t.
+        proof: what attention was computed with.
 
     Raises:
         ValueError: a tap that the network does not have, a time out of range, no draws, or an unknown pooling.
@@ -94,6 +96,7 @@ class FeatureExtractor:
         self.several = not isinstance(t, int)
         self.t: tuple[int, ...] = (t,) if isinstance(t, int) else tuple(t)
         self.draws = 1 if noise == "fixed" else noise
+        self.proof = Proof(denoiser)
         self.levels = [_level(denoiser.pipe.scheduler, value) for value in self.t]
         if not self.levels:
             raise ValueError("No times were given. Give at least one t.")
@@ -147,7 +150,8 @@ class FeatureExtractor:
         """Features of clean samples x0 (B, c, h, w) under the k-th draw of the noise; as the call otherwise."""
         eps = self._noise(x0, k, indices)
         cond = self._null.repeat(len(x0)) if cond is None else cond
-        passes = [self._run(self.denoiser, x0, eps, level, cond, inject) for level in self.levels]
+        with self.proof, self.proof.step(tuple(x0.shape), str(x0.dtype), torch.is_grad_enabled()):
+            passes = [self._run(self.denoiser, x0, eps, level, cond, inject) for level in self.levels]
         features = [{name: self._pooled(value) for name, value in found.items()} for found in passes]
         if not self.several:
             return features[0]

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from genkit.attention.folding import Evaluator
+from genkit.attention.proof import Proof, proving
 from genkit.denoisers.base import Cond, Denoiser
+from genkit.denoisers.embeddings import Embeddings
 from genkit.denoisers.mixing import mixed
 from genkit.levels import Level
 from genkit.scoring.losses import check_metric, row_losses, shared_losses
@@ -67,6 +69,7 @@ class Scorer:
         self.scheduler = denoiser.pipe.scheduler if scheduler is None else scheduler
         self.pad = denoiser.device.type != "cpu" if pad is None else pad
         self.fold = fold
+        self.proof = Proof(denoiser)
         self._pairs: Pairs | None = None
         self._noise: dict[int, Tensor] = {}
 
@@ -133,7 +136,7 @@ class Scorer:
         noised, places = np.unique(padded, return_inverse=True)
         x0, level, eps = self._noised(x0[noised // len(plan)], noised % len(plan))
         places, prompts = torch.from_numpy(places), torch.from_numpy(self._padded(rows))
-        with torch.no_grad():
+        with torch.no_grad(), proving(self.proof) as proof, proof.step("losses", tuple(x0.shape[1:])):
             values = shared_losses(evaluate, x0, level, eps, places, prompts, self.metric)
         return values[: len(rows)].cpu().numpy() * self._pair_weights(pairs)
 
@@ -141,10 +144,26 @@ class Scorer:
         """Derivatives (n, K) of the weighted losses in the weights (n, K) of a mixed condition."""
         with torch.enable_grad():
             weights = weights.to(self.denoiser.device).requires_grad_(True)
-            with mixed(self.denoiser, cond, weights) as condition:
+            with mixed(self.denoiser, cond, weights) as condition, proving(self.proof) as proof, proof.step("slopes"):
                 values = row_losses(self.denoiser, *self._noised(x0, pairs), condition, self.metric)
                 (gradient,) = torch.autograd.grad(values.sum(), weights)
         return gradient.double().cpu().numpy() * self._pair_weights(pairs)[:, None]
+
+    def gradients(self, x0: Tensor, embeddings: Embeddings, rows: np.ndarray, offset: Tensor, pairs: np.ndarray) -> np.ndarray:
+        """Weighted losses and their gradients (n, 1 + D) in the embeddings of the condition.
+
+        Args:
+            x0: (n, ...).
+            rows, offset, pairs: (n,), (n, D), (n,), the row of each, how far from it, and the pair.
+        """
+        with torch.enable_grad():
+            offset = offset.to(self.denoiser.device).requires_grad_(True)
+            place = torch.from_numpy(rows)
+            with embeddings.displaced(place, offset) as condition, proving(self.proof) as proof, proof.step("gradients"):
+                values = row_losses(self.denoiser, *self._noised(x0, pairs), condition, self.metric)
+                (gradient,) = torch.autograd.grad(values.sum(), offset)
+        found = torch.cat([values.detach()[:, None].cpu(), gradient.double().cpu()], dim=1).numpy()
+        return found * self._pair_weights(pairs)[:, None]
 
     def _noised(self, x0: Tensor, pairs: np.ndarray) -> tuple[Tensor, Level, Tensor]:
         """Samples (n, ...), and level and noise of the pair (n,) of each."""

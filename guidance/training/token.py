@@ -29,6 +29,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from genkit import _host, noise
+from genkit.attention.proof import Proof
 from genkit.console import progress
 from genkit.denoisers import Denoiser
 from genkit.files import prepare_folder, write_atomic
@@ -104,13 +105,15 @@ class TokenTrainer:
                 self._restore(folder / CHECKPOINT)
             elif not resume:
                 (folder / LOG).unlink(missing_ok=True)
-        with self.prepared(), progress() as bar:
+        with self.prepared(), Proof(self.denoiser) as proof, progress() as bar:
             task = bar.add_task("class tokens", total=self.config.updates, completed=self.update)
             while self.update < self.config.updates and self._active():
                 began = time.perf_counter()
-                figures = self.step()
+                with proof.step("update"):
+                    figures = self.step()
                 if folder is not None:
                     entry = {"update": self.update, "seconds": round(time.perf_counter() - began, 3), "tokens": figures}
+                    entry |= {"attention": proof.to_dict()} if self.update == 1 else {}
                     with open(folder / LOG, "a", encoding="utf-8") as log:
                         print(json.dumps(entry), file=log)
                     self._save(folder / CHECKPOINT)
