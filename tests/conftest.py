@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,20 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny.pipeline("stable_diffusion").save_pretrained(folder)
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "Look at every operator for attention that is written by hand. Slow, and compiled functions run eagerly."
+    parser.addoption("--watch-attention", action="store_true", help=text)
+
+
+@pytest.fixture(autouse=True)
+def fused_attention(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test fails if its attention falls back to the unfused kernel, unless it is marked `unfused`."""
+    if request.node.get_closest_marker("unfused"):
+        yield
+        return
+    from genkit.attention import strict
+
+    with strict(watch=request.config.getoption("--watch-attention")):
+        yield

@@ -222,3 +222,49 @@ def test_cross_attentions():
     assert all(hasattr(found[0], name) for name in ("norm_cross", "fused_projections", "group_norm", "spatial_norm", "add_k_proj"))
     unet.mid_block.compile()
     assert _host.cross_attentions(unet) == [], f"_compiled_call_impl in torch {torch.__version__}"
+
+
+class TestAttentionDispatch:
+    """diffusers' dispatcher: processors with `_attention_backend`, the registry, its requirements and its functions."""
+
+    def test_the_backend_of_a_processor(self):
+        from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+        flux, unet = tiny.pipeline("flux").transformer, tiny.pipeline("stable_diffusion").unet
+        (processor, *_), (other, *_) = ([m.processor for m in n.modules() if hasattr(m, "processor")] for n in (flux, unet))
+        assert _host.attention_backend(other) is None, f"AttnProcessor2_0 of {VERSION} is on the dispatcher"
+        default = _AttentionBackendRegistry.get_active_backend()[0]
+        assert _host.attention_backend(processor) == default.value, f"_attention_backend in {VERSION}"
+        processor._attention_backend = AttentionBackendName.FLEX
+        assert _host.attention_backend(processor) == "flex"
+        with _host.on_native_attention(flux):
+            assert _host.attention_backend(processor) == "native"
+        assert _host.attention_backend(processor) == "flex"
+        processor._attention_backend = None
+        try:
+            flux.set_attention_backend("_native_math")
+            assert _AttentionBackendRegistry.get_active_backend()[0] != default, (
+                f"{VERSION} no longer changes the process's default"
+            )
+            assert _host.attention_backend(processor) == "_native_math"
+        finally:
+            _AttentionBackendRegistry.set_active_backend(default)
+
+    def test_backends_of_the_hub(self):
+        assert _host.hub_backend("flash") == _host.hub_backend("flash_hub") == "flash_hub", f"_HUB_KERNELS_REGISTRY of {VERSION}"
+        assert _host.hub_backend("flash_3") == "_flash_3_hub"
+        with pytest.raises(ValueError, match="Unknown Hub kernel 'flush'"):
+            _host.hub_backend("flush")
+        assert _host.why_backend_unusable("native") is None
+        import importlib.util
+
+        if importlib.util.find_spec("kernels") is None:
+            assert "kernels" in (_host.why_backend_unusable("flash_hub") or ""), f"requirements of {VERSION}"
+
+    def test_a_function_of_the_dispatcher_has_the_interface_of_sdpa(self):
+        q, k = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8)
+        mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+        mask[1, ..., 4:] = False
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, k, mask, scale=0.3)
+        found = _host.attention_function("native")(q, k, k, mask, scale=0.3)
+        torch.testing.assert_close(found, expected, msg=f"dispatch_attention_fn of {VERSION}")
