@@ -70,7 +70,7 @@ def attend_jvp(
     q, k, v, tq, tk, tv = kernels.autocast(q, k, v, tq, tk, tv)
     mask = check(q, k, v, mask)
     check_tangents(q=(q, tq), k=(k, tk), v=(v, tv))
-    if kernels.unserved(q, v) is None:
+    if kernels.unserved("attend_jvp", q, v) is None:
         return kernels.attend_jvp(q, k, v, tq, tk, tv, mask=mask, scale=scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -66,7 +66,7 @@ def attend_probe(
     added = check(q, k, values, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = None if keys is None else check_keys(keys, k.shape[2], len(k), k.device)
-    if kernels.unserved(q, values) is None:
+    if kernels.unserved("attend_probe", q, values) is None:
         out, lse, rows, heat = kernels.attend_probe(q, k, values, chosen, mask=added, scale=scale)
         probe = Probe(out, lse, rows if entropy else None, None if chosen is None else heat)
     else:

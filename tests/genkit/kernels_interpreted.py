@@ -91,7 +91,9 @@ def test_probe_is_dense_attention_and_so_are_its_gradients(case: tuple) -> None:
         close(actual, wanted, dtype)
 
 
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case[4] <= 128], ids=[n for n, case in zip(NAMES, CASES, strict=True) if case[4] <= 128]
+)
 def test_jvp_is_that_of_dense_attention(case: tuple) -> None:
     B, H, L, S, D, dtype, kind = case
     primals, tangents = inputs(B, H, L, S, D, dtype), inputs(B, H, L, S, D, dtype, seed=5)

@@ -36,7 +36,10 @@ def qkv(*, dtype=torch.float32, D=16, E=None):
     [
         (qkv(), "run on CUDA devices, and these tensors are on cpu.* attend_jvp choose a way that serves them"),
         (qkv(dtype=torch.float64), "float16, bfloat16 and float32, and q is float64"),
-        (qkv(D=264, dtype=torch.float16), r"head dimensions up to 256 in float16, and q \(2, 3, 5, 264\) has 264"),
+        (
+            qkv(D=264, dtype=torch.float16),
+            r"attend_probe take head dimensions up to 256 in float16, and q \(2, 3, 5, 264\) has 264",
+        ),
         (qkv(D=72), r"head dimensions up to 64 in float32, and q \(2, 3, 5, 72\) has 72"),
         (qkv(E=24), r"as wide as queries, and q \(2, 3, 5, 16\) has 16, v \(2, 3, 7, 24\) 24"),
     ],
@@ -44,7 +47,14 @@ def qkv(*, dtype=torch.float32, D=16, E=None):
 def test_what_the_kernels_do_not_serve_is_said(given, said):
     with pytest.raises(ValueError, match=said):
         kernels.attend_probe(*given)
-    with pytest.raises(ValueError, match=said):
+
+
+def test_forward_mode_is_served_up_to_128():
+    given = qkv(D=160, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"kernels of attend_jvp take head dimensions up to 128 in float16"):
+        kernels.attend_jvp(*given, *given)
+    given = qkv()
+    with pytest.raises(ValueError, match="run on CUDA devices, and these tensors are on cpu"):
         kernels.attend_jvp(*given, *given)
 
 
@@ -79,13 +89,13 @@ def test_shapes_are_known_without_running():
 
 
 def test_every_device_and_head_dimension_has_a_tile():
-    for kernel, rows in tiles.TABLE.items():
+    for kernel in tiles.TABLE:
+        most = tiles.HEAD_DIM_MAX["attend_jvp" if kernel == "tangent_forward" else "attend_probe"]
         for capability in (80, 86, 89, 90, 100, 103, 110, 120, 121):
-            for itemsize, head_dims in ((2, (1, 40, 64, 65, 128, 160, 256)), (4, (1, 40, 64))):
-                for head_dim in head_dims:
+            for itemsize, widest in most.items():
+                for head_dim in {1, 40, 64, min(65, widest), min(160, widest), widest}:
                     tile = tiles.tile(kernel, capability, head_dim, itemsize)
                     assert min(tile.block_l, tile.block_s) >= 16
-        assert len(rows) == 4 * 4
     with pytest.raises(ValueError, match=r"compute capability 7.5: 8.0 to 12.x are served"):
         tiles.tile("probe_forward", 75, 64, 2)
 
@@ -98,13 +108,19 @@ class OnGpu:
 
 def test_without_triton_the_message_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert serving.unserved(OnGpu(), OnGpu()) == "The kernels need Triton, which is not installed (pip install triton)."
+    assert (
+        serving.unserved("attend_probe", OnGpu(), OnGpu())
+        == "The kernels need Triton, which is not installed (pip install triton)."
+    )
 
 
 def test_devices_that_are_served(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert serving.unserved(OnGpu(), OnGpu()) is None
+    assert serving.unserved("attend_probe", OnGpu(), OnGpu()) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert serving.unserved(OnGpu(), OnGpu()) == "The kernels take compute capability 8.0 to 12.x, and this device has 7.5."
+    assert (
+        serving.unserved("attend_probe", OnGpu(), OnGpu())
+        == "The kernels take compute capability 8.0 to 12.x, and this device has 7.5."
+    )
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert serving.unserved(OnGpu(), OnGpu()) == "The kernels run on CUDA devices, and these tensors are on rocm."
+    assert serving.unserved("attend_probe", OnGpu(), OnGpu()) == "The kernels run on CUDA devices, and these tensors are on rocm."

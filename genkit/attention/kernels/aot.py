@@ -25,11 +25,20 @@ MMA = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sy
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a compiled kernel takes: `registers` a thread, `stack` and `shared` memory in bytes, `mma` instructions by family."""
+    """What a compiled kernel takes.
+
+    Args:
+        registers: a thread.
+        stack: bytes a thread: registers that were spilled.
+        shared: bytes of shared memory a program.
+        tensor: columns of tensor memory a program, of 10.0.
+        mma: families of matrix instructions in its code, joined by "+".
+    """
 
     registers: int
     stack: int
     shared: int
+    tensor: int
     mma: str
 
 
@@ -92,7 +101,8 @@ def compile_kernel(
     ptx = compiled.asm["ptx"]
     registers, stack = _usage(compiled.asm["cubin"])
     mma = "+".join(family for family, instruction in MMA.items() if instruction in ptx)
-    return Resources(registers=registers, stack=stack, shared=compiled.metadata.shared, mma=mma)
+    tensor = getattr(compiled.metadata, "tmem_size", 0) or 0
+    return Resources(registers=registers, stack=stack, shared=compiled.metadata.shared, tensor=tensor, mma=mma)
 
 
 def _type(argument: str, dtype: str, fixed: dict[str, Any]) -> str:

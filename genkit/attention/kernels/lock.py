@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from genkit.attention.kernels.aot import ITEMSIZE, Resources, compile_kernel, helpers, kernels
-from genkit.attention.kernels.tiles import ARCHITECTURES, SHARED_MEMORY, tile
+from genkit.attention.kernels.tiles import ARCHITECTURES, SHARED_MEMORY, TENSOR_MEMORY, tile
 
 PATH = Path(__file__).with_name("lock.json")
 
@@ -32,12 +32,12 @@ FAMILIES = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 
 # Head dimensions: 40, 80 and 160 are those of Stable Diffusion 1, 72 of PixArt and DiT, 64 and 128 of most others. A masked
 # kernel needs more than one without.
-_LARGE = {40: "fp16/mask", 64: "fp16 fp16/mask bf16/mask fp32 fp32/mask", 80: "fp16/mask", 128: "fp16 fp16/mask bf16/mask"}
-_LARGE |= {160: "fp16/mask", 256: "fp16 fp16/mask"}
+_NARROW = {40: "fp16/mask", 64: "fp16 fp16/mask bf16/mask fp32 fp32/mask", 80: "fp16/mask", 128: "fp16 fp16/mask bf16/mask"}
+_WIDE = {**_NARROW, 160: "fp16/mask", 256: "fp16 fp16/mask"}
 _SMALL = {64: "fp16/mask fp32/mask", 128: "fp16/mask", 256: "fp16/mask"}
 CONFIGURATIONS = {
-    **dict.fromkeys(("probe_forward", "probe_dq", "probe_dkv"), _LARGE),
-    "tangent_forward": {72: "fp16/mask", **_LARGE},
+    **dict.fromkeys(("probe_forward", "probe_dq", "probe_dkv"), _WIDE),
+    "tangent_forward": {72: "fp16/mask", **_NARROW},
     **dict.fromkeys(("probe_map", "probe_rows", "probe_dk_map"), _SMALL),
 }
 
@@ -73,6 +73,8 @@ class Entry:
         problems = [f"{resources.stack} bytes of stack: registers spill"] if resources.stack else []
         if resources.shared > limit:
             problems.append(f"{resources.shared:,} bytes of shared memory, of which sm_{self.architecture} has {limit:,}")
+        if resources.tensor > TENSOR_MEMORY:
+            problems.append(f"{resources.tensor} columns of tensor memory, of which there are {TENSOR_MEMORY}")
         # Blocks of 16 or 32 rows are too small for wgmma and tcgen05, and float32 in three parts has no such instruction.
         exempt = self.dtype == "fp32" or CONFIGURATIONS[self.kernel] is _SMALL
         if family not in resources.mma and not (exempt and "mma.sync" in resources.mma):

@@ -27,8 +27,8 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keys: Tensor 
     return added
 
 
-def _must_run(q: Tensor, v: Tensor) -> None:
-    if (why := unserved(q, v)) is not None:
+def _must_run(operator: str, q: Tensor, v: Tensor) -> None:
+    if (why := unserved(operator, q, v)) is not None:
         raise ValueError(f"{why} genkit.attention.attend_probe and attend_jvp choose a way that serves them.")
 
 
@@ -40,7 +40,7 @@ def attend_probe(
     from genkit.attention.kernels.probe import probe_forward, probe_map
 
     mask = _checked(q, k, v, mask, keys)
-    _must_run(q, v)
+    _must_run("attend_probe", q, v)
     q, k, v = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v)
     launch = Launch(q, k, mask, scale, keys)
     out, lse, entropy = launch.matrix(launch.L), launch.statistic(), launch.statistic()
@@ -100,7 +100,7 @@ def attend_jvp(
 
     mask = _checked(q, k, v, mask)
     check_tangents(q=(q, tq), k=(k, tk), v=(v, tv))
-    _must_run(q, v)
+    _must_run("attend_jvp", q, v)
     q, k, v, tq, tk, tv = map(contiguous_rows, (q, k, v, tq, tk, tv))
     launch = Launch(q, k, mask, scale)
     out, t_out, lse = launch.matrix(launch.L), launch.matrix(launch.L), launch.statistic()

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Shared memory that a program may use, in bytes (CUDA programming guide, technical specifications per compute capability; 1 KiB a
-# block is reserved).
+# Shared memory that a program may use, in bytes: what the CUDA programming guide has for each compute capability, less 1 KiB that
+# is reserved. Tensor memory, of 10.0 only, in columns.
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+TENSOR_MEMORY = 512
 ARCHITECTURES = (80, 90, 100, 120)
 
-# By bytes of an element. Float32 is multiplied as three products of TF32 parts: wider ones take more registers than a thread has,
-# whatever the tile.
-HEAD_DIM_MAX = {2: 256, 4: 64}
+# By operator, and by bytes of an element. Float32 is multiplied as three products of TF32 parts, and forward mode has twice the
+# operands: wider ones take more registers than a thread has, whatever the tile.
+HEAD_DIM_MAX = {"attend_probe": {2: 256, 4: 64}, "attend_jvp": {2: 128, 4: 64}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ def tile(kernel: str, capability: int, head_dim: int, itemsize: int) -> Tile:
     Args:
         kernel: its name, as "probe_forward".
         capability: of the device, 90 for 9.0.
-        head_dim: 1 to HEAD_DIM_MAX[itemsize].
+        head_dim: 1 to that of HEAD_DIM_MAX.
         itemsize: bytes of an element, 2 or 4.
 
     Raises:
@@ -61,11 +62,50 @@ def tile(kernel: str, capability: int, head_dim: int, itemsize: int) -> Tile:
     return TABLE[kernel][itemsize, width, served]
 
 
-TABLE = {
-    k: {
-        (b, w, a): Tile(block_l=64, block_s=16 if "map" in k or k == "probe_rows" else 32, warps=4, stages=2)
-        for b, w in ((2, 64), (2, 128), (2, 256), (4, 64))
-        for a in ARCHITECTURES
+def _table(rows: dict[tuple[int, int], list[tuple[int, int, int, int]]]) -> dict[tuple[int, int, int], Tile]:
+    """Tiles by (bytes, head dimension, architecture), from (block_l, block_s, warps, stages) of each architecture in order."""
+    return {
+        (itemsize, width, served): Tile(block_l=block_l, block_s=block_s, warps=warps, stages=stages)
+        for (itemsize, width), row in rows.items()
+        for served, (block_l, block_s, warps, stages) in zip(ARCHITECTURES, row, strict=True)
     }
-    for k in ("probe_forward", "probe_map", "probe_rows", "probe_dq", "probe_dkv", "probe_dk_map", "tangent_forward")
+
+
+_SMALL = _table({(itemsize, width): [(32, 16, 4, 2)] * 4 for itemsize, width in ((2, 64), (2, 128), (2, 256), (4, 64))})
+
+TABLE = {
+    "probe_forward": _table(
+        {
+            (2, 64): [(128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)],
+            (2, 128): [(128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)],
+            (2, 256): [(64, 64, 8, 1), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)],
+            (4, 64): [(32, 32, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)],
+        }
+    ),
+    "probe_dq": _table(
+        {
+            (2, 64): [(128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)],
+            (2, 128): [(64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)],
+            (2, 256): [(64, 32, 8, 1), (64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 1)],
+            (4, 64): [(32, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 4, 1)],
+        }
+    ),
+    "probe_dkv": _table(
+        {
+            (2, 64): [(32, 64, 4, 1), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 4, 1)],
+            (2, 128): [(64, 64, 8, 2), (64, 64, 8, 2), (64, 128, 8, 2), (16, 64, 4, 1)],
+            (2, 256): [(32, 32, 8, 1), (16, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 1)],
+            (4, 64): [(32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)],
+        }
+    ),
+    "tangent_forward": _table(
+        {
+            (2, 64): [(64, 32, 4, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 1)],
+            (2, 128): [(32, 32, 4, 2), (128, 32, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)],
+            (4, 64): [(16, 16, 4, 1), (64, 32, 8, 2), (64, 32, 8, 2), (16, 16, 4, 1)],
+        }
+    ),
+    "probe_map": _SMALL,
+    "probe_rows": _SMALL,
+    "probe_dk_map": _SMALL,
 }
