@@ -109,6 +109,7 @@ def with_dropout(attn: Any, hidden_states: Tensor, **options: Any) -> Tensor:
     return F.scaled_dot_product_attention(*[hidden_states[None]] * 3, dropout_p=0.5)[0]
 
 
+@pytest.mark.unfused  # the last line, on purpose
 def test_a_kernel_that_does_not_take_the_call_says_which_module_and_why() -> None:
     network = copy.deepcopy(pipeline("stable_diffusion").unet)
     network.mid_block.attentions[0].transformer_blocks[0].attn2.processor = with_dropout

@@ -158,6 +158,7 @@ def test_errors_name_the_shapes():
         attend_jvp(q, k, v, tq, tk, tv, mask=torch.zeros(1, 1, 5, 5, dtype=torch.float64))
 
 
+@pytest.mark.unfused  # dropout never is on the CPU
 @pytest.mark.parametrize("asked", [{"is_causal": True}, {"dropout_p": 0.1}, {"enable_gqa": True}])
 def test_forward_mode_refuses_what_it_does_not_serve(asked):
     x, dx = draw(1, 2, 5, 8), draw(1, 2, 5, 8, seed=1)
