@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 def test_interpreted_kernels_are_dense_attention():
     """In a process of its own: Triton reads TRITON_INTERPRET when the kernels are imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "kernels_interpreted.py")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "kernels_interpreted.py")]
     done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "passed" in done.stdout
