@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "auditing": ["audit"],
         "backends": ["use_attention", "why_unusable"],
+        "folding": ["Evaluator", "evaluator"],
         "fused": ["attend"],
         "guard": ["AttentionLog", "jvp_fallback", "second_order", "strict"],
         "heatmaps": ["HeatMaps", "ImageMaps", "record"],

@@ -127,7 +127,7 @@ def test_resume_refuses_other_settings(folder, options, tmp_path, change, says) 
     before = (tmp_path / "out.jsonl").read_bytes()
     assert says in classify(*line, *change, "--resume", code=2).stderr
     assert (tmp_path / "out.jsonl").read_bytes() == before
-    classify(*line, "--resume", "--batch", 3, "--device", "cpu")  # these decide no result
+    classify(*line, "--resume", "--batch", 3, "--no-fold", "--device", "cpu")  # these decide no result
 
 
 def test_a_file_that_is_no_journal(folder: Path, options: tuple[object, ...], tmp_path: Path) -> None:

@@ -93,6 +93,11 @@ def test_an_image_gets_the_same_scores_alone_and_in_any_batch(pipe, family):
         assert_same_scores(alone.scores[0], together.scores[2])
 
 
+def test_folding_changes_no_result(pipe, family):
+    for folded, plain in zip(run(pipe, family).scores, run(pipe, family, fold=False).scores, strict=True):
+        assert folded == pytest.approx(plain, rel=1e-5)
+
+
 def test_the_order_of_labels_does_not_matter(pipe, family):
     arguments = inputs(family)
     turned = arguments | {"labels": arguments["labels"][::-1]}
