@@ -11,10 +11,15 @@ from genkit.images import contact_sheet, save_png
 from genkit.recipe import CHUNK, Recipe, versions
 
 if TYPE_CHECKING:
-    from genkit.runner import Outcome
+    from PIL.Image import Image
+
+    from genkit.attention import ImageMaps
+    from genkit.runner import Outcome, Watch
     from genkit.sweep import Plan
 
 SHEET = "grid.png"
+HEATMAPS = "heatmaps"  # a folder of their own, so that the pictures are the only ones in theirs
+ENTROPY = "attention_entropy"
 
 
 class Gallery:
@@ -36,18 +41,25 @@ class Gallery:
         """Where the recipe's PNG goes."""
         return self.folder / f"{recipe.name}.png"
 
-    def has(self, recipe: Recipe) -> bool:
-        """Whether the recipe's image and its side-car are there and belong to this very recipe."""
+    def heatmaps(self, recipe: Recipe) -> Path:
+        """Where the recipe's heat maps go: this sheet, and beside it the arrays (.npz)."""
+        return self.folder / HEATMAPS / f"{recipe.name}.png"
+
+    def has(self, recipe: Recipe, watch: Watch | None = None) -> bool:
+        """Whether the recipe's image, its side-car and what was to be recorded are there, and belong to this very recipe."""
         sidecar = self.path(recipe).with_suffix(".json")
         try:
             # The side-car is written last, so it vouches for the image.
             content = json.loads(sidecar.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        return isinstance(content, dict) and content.get("hash") == recipe.hash and self.path(recipe).is_file()
+        if not isinstance(content, dict) or content.get("hash") != recipe.hash or not self.path(recipe).is_file():
+            return False
+        maps = [self.heatmaps(recipe), self.heatmaps(recipe).with_suffix(".npz")] if watch is not None and watch.heatmaps else []
+        return all(path.is_file() for path in maps) and (watch is None or not watch.entropy or ENTROPY in content)
 
     def save(self, outcome: Outcome, *, device: str) -> Path:
-        """Write a successful outcome: the PNG, then its side-car, each whole or not at all.
+        """Write a successful outcome: what was recorded, the PNG, then its side-car, each whole or not at all.
 
         Returns:
             The path of the PNG.
@@ -60,6 +72,8 @@ class Gallery:
         if image is None:
             raise ValueError(f"There is no image of {recipe.name!r}: {outcome.error}")
         path = self.path(recipe)
+        if outcome.heatmaps is not None:
+            self._save_heatmaps(recipe, image, outcome.heatmaps)
         line = recipe.parameters(image.size, self._versions)
         save_png(image, path, {CHUNK: recipe.to_json(self._versions, outcome.attention), "parameters": line})
         sidecar: dict[str, Any] = {
@@ -73,8 +87,18 @@ class Gallery:
             "attention": outcome.attention,
             "seconds": round(outcome.seconds, 4),
         }
+        if outcome.entropy is not None:
+            sidecar[ENTROPY] = outcome.entropy
         write_atomic(path.with_suffix(".json"), json.dumps(sidecar, indent=2).encode())
         return path
+
+    def _save_heatmaps(self, recipe: Recipe, image: Image, maps: ImageMaps) -> None:
+        from genkit.attention import overlay
+
+        path = self.heatmaps(recipe)
+        prepare_folder(path.parent)
+        write_atomic(path.with_suffix(".npz"), overlay.as_npz(maps))
+        save_png(overlay.sheet(image, maps), path)
 
     def save_sheet(self, plan: Plan) -> Path:
         """Draw the contact sheet of a plan from the images that are there.
@@ -82,12 +106,12 @@ class Gallery:
         Returns:
             Its path, `grid.png`.
         """
-        from PIL import Image
+        from PIL.Image import open as open_image
 
-        def load(recipe: Recipe) -> Image.Image | None:
+        def load(recipe: Recipe) -> Image | None:
             if not self.has(recipe):
                 return None
-            with Image.open(self.path(recipe)) as image:
+            with open_image(self.path(recipe)) as image:
                 return image.convert("RGB")
 
         width = len(plan.columns)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from genkit import samplers, zoo
 from genkit.recipe import Recipe
@@ -17,10 +18,29 @@ from genkit.recipe import Recipe
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from genkit.attention import HeatMaps, ImageMaps, Sharpness
     from genkit.guidance import Guidance
     from genkit.pipelines import GuidedPipeline
 
 Progress = Callable[[float], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What is recorded of attention while images are made; it changes none of their bits.
+
+    Args:
+        heatmaps: where the image looks at each word of its prompt, see `genkit.attention.record`.
+        words: of which words; None for all.
+        entropy: how sharp attention is, see `genkit.attention.measure_sharpness`.
+    """
+
+    heatmaps: bool = False
+    words: tuple[str, ...] | None = None
+    entropy: bool = False
+
+
+NOTHING = Watch()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +51,7 @@ class Outcome:
         seconds: time for the image (that of its batch, divided by the batch's size).
         scheduler: class and configuration of the scheduler that was used.
         attention: what its attention was computed with, see `genkit.attention.proof.Proof.to_dict`.
+        heatmaps, entropy: what was recorded, where it was wanted; entropy as of `genkit.attention.Sharpness.of`.
     """
 
     recipe: Recipe
@@ -39,6 +60,8 @@ class Outcome:
     seconds: float
     scheduler: dict[str, Any]
     attention: dict[str, Any] | None = None
+    heatmaps: ImageMaps | None = None
+    entropy: dict[str, Any] | None = None
 
 
 def load(
@@ -90,7 +113,12 @@ def load(
 
 
 def run(
-    pipe: GuidedPipeline, recipes: Sequence[Recipe], *, batch_size: int = 16, progress: Progress | None = None
+    pipe: GuidedPipeline,
+    recipes: Sequence[Recipe],
+    *,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    watch: Watch = NOTHING,
 ) -> Iterator[Outcome]:
     """Run recipes of one model; yields each outcome as soon as it is there, settings by settings.
 
@@ -98,9 +126,10 @@ def run(
 
     Args:
         progress: called with the number of images (a fraction) that was done since the last call.
+        watch: what to record of attention.
 
     Raises:
-        ValueError: a recipe does not fit the model. What was yielded before is good.
+        ValueError: a recipe does not fit the model, or has no such words. What was yielded before is good.
     """
     groups: dict[Recipe, list[Recipe]] = {}
     for recipe in recipes:
@@ -108,7 +137,7 @@ def run(
     for settings, members in groups.items():
         guidance = _guidance(pipe, settings)
         for start in range(0, len(members), batch_size):
-            yield from _run_or_split(pipe, members[start : start + batch_size], guidance, progress)
+            yield from _run_or_split(pipe, members[start : start + batch_size], guidance, progress, watch)
 
 
 def run_batch(pipe: GuidedPipeline, recipes: Sequence[Recipe]) -> list[Image]:
@@ -121,7 +150,7 @@ def run_batch(pipe: GuidedPipeline, recipes: Sequence[Recipe]) -> list[Image]:
     settings = {_settings(recipe) for recipe in recipes}
     if len(settings) != 1:
         raise ValueError(f"Recipes of a batch may differ in seed, prompt and label only; got {len(settings)} kinds of settings.")
-    return _sample(pipe, recipes, _guidance(pipe, settings.pop()), None)[0]
+    return _sample(pipe, recipes, _guidance(pipe, settings.pop()), None, NOTHING).images
 
 
 def _settings(recipe: Recipe) -> Recipe:
@@ -141,28 +170,43 @@ def _guidance(pipe: GuidedPipeline, settings: Recipe) -> Guidance | None:
 
 
 def _run_or_split(
-    pipe: GuidedPipeline, recipes: list[Recipe], guidance: Guidance | None, progress: Progress | None
+    pipe: GuidedPipeline, recipes: list[Recipe], guidance: Guidance | None, progress: Progress | None, watch: Watch
 ) -> Iterator[Outcome]:
     began = time.perf_counter()
     try:
-        images, scheduler = _sample(pipe, recipes, guidance, progress)
+        made = _sample(pipe, recipes, guidance, progress, watch)
         attention = pipe.attention
     except FloatingPointError as error:
         if len(recipes) > 1:
             for recipe in recipes:
-                yield from _run_or_split(pipe, [recipe], guidance, None)
+                yield from _run_or_split(pipe, [recipe], guidance, None, watch)
         else:
             yield Outcome(recipes[0], None, str(error), time.perf_counter() - began, {})
         return
     seconds = (time.perf_counter() - began) / len(recipes)
-    for recipe, image in zip(recipes, images, strict=True):
-        yield Outcome(recipe, image, None, seconds, scheduler, attention)
+    for i, (recipe, image) in enumerate(zip(recipes, made.images, strict=True)):
+        maps, sharpness = made.maps, made.sharpness
+        yield Outcome(
+            recipe, image, None, seconds, made.scheduler, attention,
+            None if maps is None else maps[i], None if sharpness is None else sharpness.of(i),
+        )  # fmt: skip
+
+
+class _Made(NamedTuple):
+    """A batch of images, the scheduler's description, and what was recorded."""
+
+    images: list[Image]
+    scheduler: dict[str, Any]
+    maps: HeatMaps | None
+    sharpness: Sharpness | None
 
 
 def _sample(
-    pipe: GuidedPipeline, recipes: Sequence[Recipe], guidance: Guidance | None, progress: Progress | None
-) -> tuple[list[Image], dict[str, Any]]:
-    """Images and the scheduler's description; the pipeline keeps its own scheduler."""
+    pipe: GuidedPipeline, recipes: Sequence[Recipe], guidance: Guidance | None, progress: Progress | None, watch: Watch
+) -> _Made:
+    """Make a batch; the pipeline keeps its own scheduler."""
+    from genkit.attention import measure_sharpness, record
+
     first, own = recipes[0], pipe.scheduler
     missing = [token for token in first.tokens if token not in pipe.tokens]
     if missing:
@@ -172,7 +216,10 @@ def _sample(
         if progress is not None:
             progress(len(recipes) / len(pipe.scheduler.timesteps))
 
-    try:
+    with ExitStack() as stack:
+        stack.callback(setattr, pipe, "scheduler", own)
+        maps = stack.enter_context(record(pipe, watch.words)) if watch.heatmaps else None
+        sharpness = stack.enter_context(measure_sharpness(pipe)) if watch.entropy else None
         if first.sampler is not None:
             pipe.scheduler = samplers.build(first.sampler, own)
         images = pipe(
@@ -188,9 +235,8 @@ def _sample(
             eta=first.eta,
             callback_on_step_end=advance,
         ).images
-        return images, {"class": type(pipe.scheduler).__name__, "config": _plain(pipe.scheduler.config)}
-    finally:
-        pipe.scheduler = own
+        scheduler = {"class": type(pipe.scheduler).__name__, "config": _plain(pipe.scheduler.config)}
+    return _Made(images, scheduler, maps, sharpness)
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from genkit.cli.common import BAD_INPUT, INTERRUPTED, PARTLY, Output, resolve_de
 from genkit.gallery import Gallery
 from genkit.ranks import Ranks
 from genkit.recipe import Recipe
+from genkit.runner import Watch
 from genkit.sweep import Plan
 
 
@@ -22,10 +23,12 @@ class Job:
 
     Args:
         done: recipes whose images are kept.
+        watch: what to record of attention.
     """
 
-    def __init__(self, table: Plan, gallery: Gallery, done: set[Recipe], ranks: Ranks, output: Output) -> None:
+    def __init__(self, table: Plan, gallery: Gallery, done: set[Recipe], ranks: Ranks, output: Output, watch: Watch) -> None:
         self.table, self.gallery, self.done, self.ranks, self.output = table, gallery, done, ranks, output
+        self.watch = watch
         self.seconds: dict[Recipe, float] = {}
         self.errors: dict[Recipe, str] = {}
         self.began = time.perf_counter()
@@ -75,9 +78,12 @@ class Job:
             )
             stack.enter_context(use_attention(pipe, attn))
             bar.update(task, description="sampling")
-            for count, outcome in enumerate(
-                run(pipe, recipes, batch_size=batch_size, progress=lambda images: bar.advance(task, images)), 1
-            ):
+
+            def advance(images: float) -> None:
+                bar.advance(task, images)
+
+            outcomes = run(pipe, recipes, batch_size=batch_size, progress=advance, watch=self.watch)
+            for count, outcome in enumerate(outcomes, 1):
                 if outcome.error is None:
                     self.gallery.save(outcome, device=device)
                     self.seconds[outcome.recipe] = outcome.seconds
@@ -99,6 +105,7 @@ class Job:
                 "seed": recipe.seed,
                 "seconds": self.seconds.get(recipe),
                 "resumed": recipe in self.done,
+                "heatmaps": str(self.gallery.heatmaps(recipe)) if self.watch.heatmaps else None,
                 "recipe": recipe.to_dict(),
             }
             for recipe in made

@@ -24,6 +24,7 @@ from genkit.cli.common import (
 
 if TYPE_CHECKING:
     from genkit.recipe import Recipe
+    from genkit.runner import Watch
     from genkit.sweep import Plan
 
 _WHAT, _HOW, _WHERE, _MACHINE = "What to draw", "How to sample", "Files", "Machine"
@@ -66,6 +67,13 @@ def sample(
     ] = None,
     out: Annotated[Path, option(_WHERE, "Folder for the images.")] = Path("out"),
     grid: Annotated[bool, option(_WHERE, "Draw a labelled contact sheet, grid.png.")] = True,
+    heatmaps: Annotated[
+        bool, option(_WHERE, "Also heat maps of the prompt's words over each image, in the folder heatmaps.", "--heatmaps")
+    ] = False,
+    heatmap_words: Annotated[str | None, option(_WHERE, "Heat maps of these words only, as in red,seven.")] = None,
+    attention_entropy: Annotated[
+        bool, option(_WHERE, "Also the entropy of attention, module by module, in each JSON.", "--attention-entropy")
+    ] = False,
     resume: Annotated[bool, option(_WHERE, "Keep the images that are there already.", "--resume")] = False,
     dry_run: Annotated[bool, option(_WHERE, "Print what would be made, and stop.", "--dry-run")] = False,
     batch: Annotated[int, option(_MACHINE, "Images at a time; it changes none by more than rounding.", min=1)] = 16,
@@ -87,6 +95,8 @@ def sample(
         [bold]genkit sample "a red seven on a yellow background" --seeds 0-15[/bold]
 
         [bold]genkit sample "" --guidance classifier:label=seven --sweep classifier.scale=0,1,2 --seeds 0-7[/bold]
+
+        [bold]genkit sample "a red seven on a yellow background" --heatmap-words red,seven,yellow[/bold]
 
         [bold]genkit sample --from out/IMAGE.png --seeds 100-103[/bold]
 
@@ -111,12 +121,13 @@ def sample(
         subjects = _subjects(base, read_prompts(prompts, prompts_file), labels, from_recipe=source is not None, folder=folder)
         table = plan(subjects, [base.seed] if seeds is None else parse_seeds(seeds), [Axis.parse(text) for text in sweep or []])
         _check_guidance(table)
+        watch = _watch(table, heatmaps, heatmap_words, attention_entropy)
         if dry_run:
             _print_plan(output, table, out)
             return
         gallery = Gallery(out)
-        done = {recipe for recipe in table.recipes if resume and gallery.has(recipe)}
-        Job(table, gallery, done, ranks, output).run(
+        done = {recipe for recipe in table.recipes if resume and gallery.has(recipe, watch)}
+        Job(table, gallery, done, ranks, output, watch).run(
             device=device, attn=attn, batch_size=batch, allow_pickle=allow_pickle, grid=grid, tokens=token or []
         )
 
@@ -186,6 +197,27 @@ def _check_guidance(table: Plan) -> None:
 
     for spec in dict.fromkeys(spec for recipe in table.recipes for spec in recipe.guidance):
         registry.check(spec)
+
+
+def _watch(table: Plan, heatmaps: bool, words: str | None, entropy: bool) -> Watch:
+    """What to record of attention; the words are looked for in each prompt.
+
+    Raises:
+        ValueError: a prompt that has no words, or not these.
+    """
+    from genkit.denoisers.words import chosen_words
+    from genkit.runner import Watch
+
+    chosen = None if words is None else tuple(word.strip() for word in words.split(",") if word.strip())
+    if chosen == ():
+        raise ValueError(f"--heatmap-words {words!r} names no word. Give some of the prompt's, as in red,seven.")
+    watch = Watch(heatmaps=heatmaps or chosen is not None, words=chosen, entropy=entropy)
+    for recipe in table.recipes if watch.heatmaps else []:
+        if not chosen_words(recipe.prompt or "", chosen):
+            raise ValueError(
+                f"There are no words to make heat maps of in {recipe.subject!r:.100}. Give a prompt, or leave --heatmaps out."
+            )
+    return watch
 
 
 def _print_plan(output: Output, table: Plan, out: Path) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from genkit.denoisers.text import TextDenoiser
 from genkit.errors import unknown
+
+if TYPE_CHECKING:
+    from genkit.denoisers.text import TextDenoiser
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
