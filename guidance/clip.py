@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkit import noise
+from genkit.attention.proof import check
 from genkit.guidance.energy import EnergyGuidance
 from genkit.guidance.shared import shared
 from genkit.levels import Level
@@ -55,6 +56,7 @@ class ClipEnergy:
             raise ValueError(f"cutouts={cutouts!r} must be a whole number of at least 0.")
         self.cutouts = cutouts
         self.network, tokenizer, (self.size, self.mean, self.std) = _load(model, tokenizer)
+        check(self.network)
         with torch.no_grad():
             self.text_features = _text_features(self.network, tokenizer, texts)
 

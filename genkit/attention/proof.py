@@ -58,13 +58,8 @@ class Proof:
 
     def __enter__(self) -> Proof:
         self.mode = current_mode()
-        if self.mode == STRICT:
-            refuse_never(*self.models)
-        elif self._never is None:
-            found = [finding for finding in lint(*self.models) if finding.never]
-            self._never = tuple(finding.path for finding in found)
-            if found:
-                warn(found[0].text + (f" There are {len(found) - 1} more." if found[1:] else ""))
+        if self.mode == STRICT or self._never is None:
+            self._never = check(*self.models)
         stack = ExitStack()
         stack.enter_context(guarding(*self.models, raises=self.mode == STRICT, log=self.log))
         _running.append(self)
@@ -124,6 +119,20 @@ class Proof:
         if found and self.mode not in ("math", STRICT):
             more = f" There are {len(found) - 1} more." if found[1:] else ""
             warn(f"The attention of {found[0].path} is not fused: {found[0].reason}.{more}")
+
+
+def check(*models: Any) -> tuple[str, ...]:
+    """Say, once, what can never fuse in models that are about to be used; the paths of it.
+
+    Raises:
+        UnfusedAttentionError: in mode "strict".
+    """
+    if current_mode() == STRICT:
+        refuse_never(*models)
+    found = [finding for finding in lint(*models) if finding.never]
+    if found:
+        warn(found[0].text + (f" There are {len(found) - 1} more." if found[1:] else ""))
+    return tuple(finding.path for finding in found)
 
 
 _running: list[Proof] = []

@@ -22,7 +22,7 @@ def audit_pipeline(
 
     Args:
         denoiser: of the pipeline.
-        backward: also the backward pass, from the network's output to its input, and from the decoded picture to the latents.
+        backward: also the backward passes of network and VAE.
         height, width: of the picture in pixels; the model's own by default.
 
     Raises:
@@ -44,7 +44,7 @@ def audit_pipeline(
             if denoiser.codec is not None:
                 picture = denoiser.decode(x)
                 outputs += [picture, denoiser.encode(picture)]
-        for output in outputs if backward else ():
-            torch.autograd.grad(output.float().square().mean(), x, retain_graph=True)
+        if backward:
+            torch.autograd.grad(torch.stack([output.float().square().mean() for output in outputs]).sum(), x)
 
     return audit(once, denoiser)

@@ -19,9 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from genkit.attention import audit
+from genkit.attention import audit, use_attention
 from genkit.denoisers import Denoiser
-from genkit.levels import levels_of
+from genkit.errors import UnfusedAttentionError, UnfusedAttentionWarning
+from genkit.levels import Level, levels_of
 from tests import tiny
 
 pytestmark = pytest.mark.unfused  # on purpose
@@ -309,3 +310,43 @@ def test_auditing_changes_no_bit() -> None:
     found = []
     audit(lambda: found.append(network(x, 5, text).sample), network)
     assert torch.equal(plain, found[0])
+
+
+class TestNetworksOfGenkit:
+    """What genkit brings itself: pooling heads, discriminators, classifiers of noisy samples, heads on features."""
+
+    def test_pooling_and_attention_heads(self) -> None:
+        from genkit.features import AttentionHead
+        from genkit.guidance.networks import PooledHead
+
+        h = torch.randn(2, 16, 4, 4, requires_grad=True)
+        pooled = PooledHead(16, 3, attention_head_dim=8, norm_num_groups=4)
+        transformer = AttentionHead({"a": (16, 4, 4)}, 3, width=8, num_heads=2)
+        for head, layers in ((pooled, 1), (transformer, 2)):
+            value = functools.partial(head, h if head is pooled else {"a": h})
+            assert counts(audit(lambda: value().sum().backward(), head)) == (2 * layers, 0, 0)  # noqa: B023
+            with torch.no_grad():
+                assert counts(audit(value, head.eval())) == (layers, 0, 0)
+
+    def test_the_embedded_discriminator(self) -> None:
+        from genkit.denoisers import Cond
+        from genkit.guidance import load_discriminator
+
+        network = load_discriminator("digits-discriminator")
+        x = torch.randn(2, *network.config.sample_shape, requires_grad=True)
+        level, cond = Level(0.8, 0.6, 300.0), Cond({"prompt_embeds": torch.randn(2, 12, 128)})
+        report = audit(lambda: (network(x, level, cond) + network.matching(x, level, cond)).sum().backward(), network)
+        assert report.fused > 0
+        assert report.unfused == report.unproven == 0
+
+    @pytest.mark.filterwarnings("error::genkit.errors.UnfusedAttentionWarning")
+    def test_encoders_that_are_brought_are_looked_at(self) -> None:
+        from genkit.distill.sources import PixelEncoder
+
+        sizes = {"embed_dim": 8, "depth": 1, "num_heads": 2, "num_classes": 0}
+        PixelEncoder(timm.create_model("vit_tiny_patch16_224", **sizes), None, ["blocks.0"], size=224)
+        never = timm.create_model("cait_xxs24_224", **sizes)
+        with pytest.raises(UnfusedAttentionWarning, match=r"Cait\.blocks\.0\.attn never fuses"):
+            PixelEncoder(never, None, ["blocks.0"], size=224)
+        with use_attention(never, "strict"), pytest.raises(UnfusedAttentionError, match="never fuses"):
+            PixelEncoder(never, None, ["blocks.0"], size=224)
