@@ -189,7 +189,9 @@ def on_native_attention(network: torch.nn.Module) -> Iterator[None]:
     """Inside the block, a network on diffusers' dispatcher uses `scaled_dot_product_attention`, as all others do."""
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    processors = {id(p): p for p in (getattr(m, "processor", None) for m in network.modules()) if hasattr(p, "_attention_backend")}
+    processors: dict[int, Any] = {
+        id(p): p for p in (getattr(m, "processor", None) for m in network.modules()) if hasattr(p, "_attention_backend")
+    }
     before = [(processor, processor._attention_backend) for processor in processors.values()]
     try:
         for processor, _ in before:

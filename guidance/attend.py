@@ -106,6 +106,7 @@ class AttendAndExcite(Guidance):
         target = self._target(state)
         shares, gradient = reader(x, state)
         for _ in range(self.refinements if target is not None else 0):
+            assert target is not None
             short = shares.amin(1) < target
             if not short.any():
                 break
@@ -183,14 +184,16 @@ class AttentionReader:
             aim = max(seen[0].finest) * self.denoiser._size_multiple() / 4
             best = min(grids, key=lambda grid: abs(math.log(max(grid) / aim)))
         else:
-            best = next((grid for grid in grids if max(grid) == self.grid), None)
-            if best is None:
+            fitting = [grid for grid in grids if max(grid) == self.grid]
+            if not fitting:
                 sides = ", ".join(str(max(known)) for known in grids)
                 raise ValueError(f"The network reads the text on no grid of side {self.grid}. It has {sides}.")
+            best = fitting[0]
         return [attention for attention in seen if attention.grid == best]
 
     def _map(self, attention: Attention) -> Tensor:
         """p (B, L, J) of the prompt's tokens, averaged over heads."""
+        assert attention.text is not None
         behind = attention.k.shape[2] - attention.text - self.tokens.shape[1]
         columns = F.pad(self.tokens, (0, 0, attention.text, behind)).to(attention.k)
         return row_statistic(attention.q, attention.k, columns, mask=attention.mask, scale=attention.scale).mean(1).float()

@@ -138,7 +138,8 @@ class _Folded:
         self.cond = Cond({name: value.to(denoiser.device) for name, value in cond.tensors.items()})
         self.cache: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self.prefix: list[nn.Module] | None = None
-        self.text, self.mask = torch.empty(0), None
+        self.text = torch.empty(0)
+        self.mask: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, x: Tensor, level: Level, samples: Tensor, prompts: Tensor) -> Prediction:
@@ -192,7 +193,7 @@ class _Folded:
             raise Stop
 
         def run(index: Tensor) -> Any:
-            tensors = {name: value[index].as_subclass(Marked) for name, value in self.cond.tensors.items()}
+            tensors: dict[str, Tensor] = {name: value[index].as_subclass(Marked) for name, value in self.cond.tensors.items()}
             return self.denoiser(x.expand(len(index), *x.shape[1:]), level[[0] * len(index)], Cond(tensors))
 
         count, prefixes = len(self.cond), []

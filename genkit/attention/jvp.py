@@ -86,7 +86,7 @@ def _along_logits(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, mask:
     def attend(queries: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
 
-    _, pull = torch.func.vjp(attend, torch.cat([q, torch.zeros_like(q)], -1))
+    pull = torch.func.vjp(attend, torch.cat([q, torch.zeros_like(q)], -1))[1]
     return pull(torch.cat([tq, q], -1))[0][..., q.shape[-1] :]
 
 
@@ -129,8 +129,9 @@ def _attend(
     """`scaled_dot_product_attention` with its signature, of dual tensors."""
     primals, tangents = zip(*(_unpack(x) for x in (query, key, value)), strict=True)
     if all(tangent is None for tangent in tangents):
-        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-        return F.scaled_dot_product_attention(query, key, value, **options)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     if attn_mask is not None and _unpack(attn_mask)[1] is not None:
         raise ValueError("Fused attention has no forward derivative along its mask: compute the mask outside, or detach it.")
     if dropout_p or is_causal or enable_gqa:

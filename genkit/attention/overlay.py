@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -45,11 +46,12 @@ def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
 def as_npz(maps: ImageMaps) -> bytes:
     """NumPy's .npz: `words` (W,), `mean` (W, h, w), `timesteps` (T,), `levels` (T, W, h, w), and `layer:NAME` (W, h, w) of each."""
     buffer = io.BytesIO()
-    arrays = {
+    arrays: dict[str, Any] = {
         "words": np.array(maps.words),
         "mean": maps.mean.numpy(),
         "timesteps": np.array([t for t, _ in maps.levels]),
         "levels": np.stack([value.numpy() for _, value in maps.levels]),
     }
-    np.savez_compressed(buffer, **arrays, **{f"layer:{name}": value.numpy() for name, value in maps.layers.items()})
+    arrays |= {f"layer:{name}": value.numpy() for name, value in maps.layers.items()}
+    np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()

@@ -52,7 +52,7 @@ def check(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSE: Tensor | None = None, mask: Te
     return None if mask is None else _added(mask, q_BHLD, k_BHSD.shape[2])
 
 
-def check_keys(keys: Sequence[int] | Tensor, count: int, batch: int, device: torch.device) -> Tensor:
+def check_keys(keys: Sequence[int] | Sequence[Sequence[int]] | Tensor, count: int, batch: int, device: torch.device) -> Tensor:
     """Positions of selected keys as a tensor (J,) or (B, J) of whole numbers from 0.
 
     Args:

@@ -8,7 +8,7 @@ It serves ragged text: a mask over keys, the same for all queries and heads. CUD
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def attend_varlen(
     if kernel is None:
         from torch.nn.attention.varlen import varlen_attn
 
-        kernel = varlen_attn
+        kernel = cast("Callable[..., Tensor]", varlen_attn)
     batch, _, length, _ = query.shape
     kept = _kept_keys(attn_mask, batch, key.shape[2], key.device)
     lengths = kept.sum(1, dtype=torch.int32)

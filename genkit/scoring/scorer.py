@@ -132,9 +132,9 @@ class Scorer:
         """
         plan = self.pairs(x0.shape[1:])
         padded = self._padded(samples) * len(plan) + self._padded(pairs)
-        noised, places = np.unique(padded, return_inverse=True)
+        noised, inverse = np.unique(padded, return_inverse=True)
         x0, level, eps = self._noised(x0[noised // len(plan)], noised % len(plan))
-        places, prompts = torch.from_numpy(places), torch.from_numpy(self._padded(rows))
+        places, prompts = torch.from_numpy(inverse), torch.from_numpy(self._padded(rows))
         with torch.no_grad(), proving(self.proof) as proof, proof.step("losses", tuple(x0.shape[1:])):
             values = shared_losses(evaluate, x0, level, eps, places, prompts, self.metric)
         return values[: len(rows)].cpu().numpy() * self._pair_weights(pairs)
