@@ -1,23 +1,34 @@
 """What a round of distillation costs: one update of the discriminator and one of the student, in time and memory.
 
-    python benchmarks/distill_rounds.py [--rounds 5] [--only TEXT] [--out benchmarks/results/distill_rounds.json]
+    python benchmarks/distill_rounds.py [--rounds 9] [--only TEXT] [--out benchmarks/results/distill_rounds.json]
 
     fused                  genkit's round: one pass of student and teacher for both updates
-    fused, R1              the same with R1, which is genkit's default
-    fused, checkpointed    the same without R1, with activations computed again in the backward pass
+    fused, R1              the same with R1 in every round (the default has it in every 16th)
+    fused, checkpointed    with activations computed again in the backward pass
+    fused, host average    with the student's average in host memory, which follows every 10 rounds
     separate               genkit's round of two passes
-    public                 the structure of the public trainers of LADD, with their heads (StyleGAN-T's)
-    public, our heads      the same with genkit's heads, so that all networks are the same
-    public, encoded        the latter on latents and embeddings that are ready
+    separate, R1           the same with R1 in every round
+    public                 the structure of the public trainers of LADD, with genkit's heads, so that all networks are the same
+    public, StyleGAN-T     the same with the heads that those trainers have
+    public, early exit     their structure, but passes through the teacher end at the deepest tap
+    public, encoded        their structure, on latents and embeddings that are ready
 
-The public structure: each phase draws a batch of its own, encodes its pictures and prompts, and runs the student; real, generated
-and mismatched samples each take a pass through the whole teacher; the student's loss leaves gradients in the heads, which are
-dropped. Optimizers, losses, taps, levels and batch sizes are the same everywhere, without R1, which those trainers do not use.
-It is a model of their structure, not a run of their code.
+The public structure is that of diffusers' Sprint script, as the specification of distillation has it (2.2, 2.3 and 9: "separate
+batches", 8 passes, and one for mismatched pairs): a batch of its own for each phase, whose pictures and prompts are encoded in
+the loop; real, generated and mismatched samples each take a whole pass through the teacher; the student's loss leaves gradients
+in the heads, which are dropped; AdamW with both moments, no average of the student; text encoder, VAE and one frozen teacher in
+memory. The other public script, AMD's Nitro-1, ends its passes through a UNet behind the middle block and reads latents and
+embeddings from disk: "early exit" and "encoded" are what each of that is worth. On GPUs both compute in half precision; here all
+is float32, on both sides. Optimizers' settings, losses, taps, levels and batch sizes are the same everywhere, and only the rows
+"R1" have R1, which those trainers do not use. It is a model of their structure, not a run of their code.
+
+"half" and "quarter" are taps, see `genkit.distill.sources.TeacherTaps`: on a UNet "half" ends at the middle block, as Nitro-1's and
+DMD2's do, and "quarter" at the last block, as Sprint's do.
 
 All variants are timed in turn within each round (CPU time on a CPU, so that other processes do not count; medians). Memory is the
-peak of what is allocated: weights, the student's average, optimizer states, text encoder and VAE (which genkit's trainer holds too,
-for previews; "encoded" does without), and what a round adds, as torch's profiler traces it on a CPU and its allocator on a GPU.
+peak of what is allocated: what lives through a round (networks, optimizer states, the student's average, encoders where a variant
+needs them), and what a round adds, as torch's profiler traces it on a CPU and its allocator on a GPU. "host" is what lives in host
+memory beside a device's: on a CPU, where there is no other, it is listed all the same.
 """
 
 from __future__ import annotations
@@ -46,14 +57,15 @@ from genkit.denoisers import Cond, Denoiser
 from genkit.denoisers.base import with_network
 from genkit.distill import losses
 from genkit.distill.config import DistillConfig
-from genkit.distill.data import LatentDataset, open_data
+from genkit.distill.data import LatentDataset
 from genkit.distill.discriminator import FeatureDiscriminator
 from genkit.distill.networks import condition_vector
 from genkit.distill.path import Path as Levels
 from genkit.distill.samplers import LevelSampler, NoiseSampler
 from genkit.distill.sources import TeacherTaps
+from genkit.distill.synth import SynthConfig, synthesize
 from genkit.distill.trainer import DistillTrainer
-from genkit.features.taps import resolve_taps
+from genkit.features.taps import collect, resolve_taps
 from genkit.files import write_atomic
 from genkit.measuring import added_bytes, seconds
 from genkit.pipelines import GuidedPipeline
@@ -65,8 +77,8 @@ ITEMS = 64  # of the data
 class FullPass(TeacherTaps):
     """The teacher's features by a pass that goes on to its output."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__(denoiser)
+    def __init__(self, denoiser: Denoiser, taps: str) -> None:
+        super().__init__(denoiser, taps)
         self.taps = [*self.taps, *resolve_taps(denoiser.network, "conv_out")]
 
     def __call__(self, *arguments: Any, **options: Any) -> list[Tensor]:
@@ -79,12 +91,20 @@ class PublicRound:
     Args:
         denoiser: the teacher, with text encoder and VAE.
         pictures: (N, 3, H, W) in [-1, 1], with N captions.
-        head: "stylegan-t" or "conv2d".
+        config: batch size, taps, head, learning rates.
         encoded: whether batches are ready latents and embeddings.
+        early_exit: whether the teacher's passes end at the deepest tap.
     """
 
     def __init__(
-        self, denoiser: Denoiser, pictures: Tensor, captions: list[str], config: DistillConfig, head: str, encoded: bool
+        self,
+        denoiser: Denoiser,
+        pictures: Tensor,
+        captions: list[str],
+        config: DistillConfig,
+        *,
+        encoded: bool = False,
+        early_exit: bool = False,
     ) -> None:
         self.denoiser, self.pictures, self.captions, self.config, self.encoded = denoiser, pictures, captions, config, encoded
         self.network = copy.deepcopy(denoiser.network).float().requires_grad_(True).train()
@@ -93,7 +113,8 @@ class PublicRound:
         self.step = 0
         self.ready = {step: self._encode(step) for step in range(2)} if encoded else {}
         dim = condition_vector(self._batch()[1]).shape[1]
-        self.discriminator = FeatureDiscriminator(FullPass(denoiser), dim, head=head, width=config.head_width).to(denoiser.device)
+        source = (TeacherTaps if early_exit else FullPass)(denoiser, str(config.taps))
+        self.discriminator = FeatureDiscriminator(source, dim, head=config.head, width=config.head_width).to(denoiser.device)
         self.optimizers = [adamw(self.network, config.learning_rate), adamw(self.discriminator, config.disc_lr)]
         self.student_levels = LevelSampler(config.levels)
         self.noise = NoiseSampler.parse(config.disc_noise)
@@ -104,10 +125,14 @@ class PublicRound:
         self._generator_phase()
 
     def held(self) -> list[Any]:
-        """All that lives through a round."""
+        """All that lives on the device through a round."""
         pipe = self.denoiser.pipe
         encoders = [] if self.encoded else [pipe.text_encoder, pipe.vae]
         return [self.denoiser.network, self.network, self.discriminator, *encoders, *self.optimizers]
+
+    def on_host(self) -> list[Any]:
+        """What lives beside it in host memory."""
+        return []
 
     def _encode(self, step: int) -> tuple[Tensor, Cond]:
         start = step * self.config.batch_size % len(self.pictures)
@@ -168,11 +193,15 @@ class OurRound:
         self.trainer.step += 1
 
     def held(self) -> list[Any]:
-        """All that lives through a round."""
+        """All that lives on the device through a round."""
         trainer = self.trainer
-        pipe, optimizers = trainer.teacher.denoiser.pipe, [trainer.student_optimizer, trainer.heads_optimizer]
-        networks = [trainer.teacher.denoiser.network, trainer.student, trainer.discriminator, pipe.text_encoder, pipe.vae]
-        return [*networks, *optimizers, *trainer.ema.shadow_params]
+        kept = [part for part in vars(trainer.teacher.denoiser.pipe).values() if isinstance(part, nn.Module)]
+        networks = [*kept, trainer.student, trainer.discriminator, trainer.student_optimizer, trainer.heads_optimizer]
+        return networks if trainer.average.host else [*networks, *trainer.average.shadow]
+
+    def on_host(self) -> list[Any]:
+        """What lives beside it in host memory."""
+        return self.trainer.average.shadow if self.trainer.average.host else []
 
 
 Round = OurRound | PublicRound
@@ -183,32 +212,37 @@ def adamw(network: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
 
 
-def variants(pipe: Any, batch: int, width: int, folder: Path) -> dict[str, Round]:
+def variants(pipe: Any, taps: str, batch: int, width: int, folder: Path) -> dict[str, Round]:
     """The rounds to compare, on one teacher."""
     denoiser = Denoiser.of(pipe)
     side = denoiser.latent_shape(None, None)[-1] * denoiser.factor
     drawn = digits.draw("train", ITEMS, seed=0)
     captions, pictures = drawn.captions(), F.interpolate(drawn.images, (side, side)).to(denoiser.device)
-    data = open_data("digits", denoiser, cache=folder / "data", count=ITEMS)
-
-    common = CONFIG | {"batch_size": batch, "head_width": width}
+    # As `genkit synth --embeds` stores them.
+    data = synthesize(GuidedPipeline.from_pipe(pipe), folder / "data", SynthConfig(steps=1, embeds=True), prompts=captions)
+    common = CONFIG | {"taps": taps, "batch_size": batch, "head_width": width}
 
     def ours(name: str, **changes: Any) -> OurRound:
-        # A teacher of its own where blocks are switched to checkpointing, which the others must not share.
-        teacher = Denoiser.of(copy.deepcopy(pipe)) if changes.get("gradient_checkpointing") else denoiser
-        return OurRound(teacher, data, DistillConfig(**common | changes), folder / name)
+        return OurRound(denoiser, data, DistillConfig(**common | changes), folder / name.replace(" ", "-"))
 
-    def public(head: str, encoded: bool = False) -> PublicRound:
-        return PublicRound(denoiser, pictures, captions, DistillConfig(**common), head, encoded)
+    def public(head: str = "conv2d", **structure: bool) -> PublicRound:
+        return PublicRound(denoiser, pictures, captions, DistillConfig(**common, head=head), **structure)
 
-    return {
+    found: dict[str, Round] = {
         "fused": ours("fused"),
-        "fused, R1": ours("fused_r1", r1=1e-5),
-        "fused, checkpointed": ours("checkpointed", gradient_checkpointing=True),
+        "fused, host average": ours("host", ema_host=True, ema_every=10),
         "separate": ours("separate", fused=False),
-        "public": public("stylegan-t"),
-        "public, our heads": public("conv2d"),
-        "public, encoded": public("conv2d", encoded=True),
+        "public": public(),
+    }
+    if taps == "quarter":
+        return found
+    return found | {
+        "fused, R1": ours("fused_r1", r1=1e-5, r1_every=1),
+        "separate, R1": ours("separate_r1", r1=1e-5, r1_every=1, fused=False),
+        "fused, checkpointed": ours("checkpointed", gradient_checkpointing=True),
+        "public, StyleGAN-T": public("stylegan-t"),
+        "public, early exit": public(early_exit=True),
+        "public, encoded": public(encoded=True),
     }
 
 
@@ -247,48 +281,80 @@ def bytes_of(held: list[Any]) -> int:
     return sum(storages.values())
 
 
+def operations(function: Callable[[], Any]) -> int:
+    """Floating-point operations of a call."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def a_pass(denoiser: Denoiser) -> Callable[[], Any]:
+    """A pass of the network over one sample."""
+    shape = denoiser.latent_shape(None, None)
+    cond, zeros = denoiser.condition(prompts=["a seven"]), torch.zeros(1, *shape, device=denoiser.device)
+    x, level = Levels(denoiser.pipe.scheduler).add_noise(zeros, zeros, torch.ones(1))
+    return lambda: denoiser(x, level, cond)
+
+
 def encoding_share(pipe: Any) -> float:
     """Operations to encode a picture and its prompt / operations of a pass of the network."""
     denoiser = Denoiser.of(pipe)
-    shape = denoiser.latent_shape(None, None)
-
-    def operations(function: Callable[[], Any]) -> int:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            function()
-        return counter.get_total_flops()
-
-    side, device = shape[-1] * denoiser.factor, denoiser.device
-    cond = denoiser.condition(prompts=["a seven"])
-    x, level = Levels(pipe.scheduler).add_noise(
-        torch.zeros(1, *shape, device=device), torch.zeros(1, *shape, device=device), torch.ones(1)
-    )
-    encoding = operations(lambda: denoiser.encode(torch.zeros(1, 3, side, side, device=device)))
-    encoding += operations(lambda: denoiser.condition(prompts=["a red seven"]))
-    return encoding / operations(lambda: denoiser(x, level, cond))
+    side = denoiser.latent_shape(None, None)[-1] * denoiser.factor
+    whole = operations(a_pass(denoiser))
+    encoding = operations(lambda: denoiser.encode(torch.zeros(1, 3, side, side, device=denoiser.device)))
+    return (encoding + operations(lambda: denoiser.condition(prompts=["a red seven"]))) / whole
 
 
-def measure(pipe: Any, batch: int, width: int, rounds: int) -> dict[str, Any]:
+def depth_share(pipe: Any, taps: str) -> float:
+    """Operations to the deepest tap / operations of a pass of the network."""
+    denoiser = Denoiser.of(pipe)
+    run, reached = a_pass(denoiser), TeacherTaps(denoiser, taps).taps
+    return operations(lambda: collect(denoiser.network, reached, run)) / operations(run)
+
+
+def measure(pipe: Any, taps: str, batch: int, width: int, rounds: int) -> dict[str, Any]:
     """Seconds and bytes of each variant."""
     with tempfile.TemporaryDirectory() as folder:
-        cases = variants(pipe, batch, width, Path(folder))
+        cases = variants(pipe, taps, batch, width, Path(folder))
         rows = {}
         for name, case in cases.items():
             case()  # optimizers have their states, prompts are encoded
             held, added = bytes_of(case.held()), added_bytes(case)
-            rows[name] = {"held_bytes": held, "added_bytes": added, "peak_bytes": held + added}
+            host = bytes_of(case.on_host())
+            rows[name] = {"held_bytes": held, "added_bytes": added, "peak_bytes": held + added, "host_bytes": host}
         times: dict[str, list[float]] = {name: [] for name in cases}
         for _ in range(rounds):
             for name, case in cases.items():
                 times[name].append(seconds(case))
     for name, values in times.items():
         rows[name]["seconds"] = statistics.median(values)
-    return {"batch": batch, "head_width": width, "rounds": rounds, "encoding_over_pass": encoding_share(pipe), "rows": rows}
+    return {
+        "taps": taps, "batch": batch, "head_width": width, "rounds": rounds,
+        "encoding_over_pass": encoding_share(pipe), "depth": depth_share(pipe, taps), "rows": rows,
+    }  # fmt: skip
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    """The table of one network and set of taps."""
+    title = (
+        f"{name}: batch {result['batch']}, the deepest tap is at {result['depth']:.2f} of a pass, "
+        f"encoding a sample takes {result['encoding_over_pass']:.2f} of one"
+    )
+    columns = ("", "s a round", "fused / this", "MB held", "MB added", "peak: fused / this", "peak: host average / this", "MB host")
+    table, rows = Table(*columns, title=title, box=None), result["rows"]
+    for variant, row in rows.items():
+        table.add_row(
+            variant, f"{row['seconds']:.3f}", f"{rows['fused']['seconds'] / row['seconds']:.2f}", f"{row['held_bytes'] / 1e6:.0f}",
+            f"{row['added_bytes'] / 1e6:.0f}", f"{rows['fused']['peak_bytes'] / row['peak_bytes']:.2f}",
+            f"{rows['fused, host average']['peak_bytes'] / row['peak_bytes']:.2f}", f"{row['host_bytes'] / 1e6:.0f}",
+        )  # fmt: skip
+    Console(width=140).print(table)
 
 
 def main() -> None:
     """Measure each network, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default="", help="networks whose name contains this")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/distill_rounds.json"))
     arguments = parser.parse_args()
@@ -301,22 +367,16 @@ def main() -> None:
     named = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     document: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     found = document.setdefault("networks", {})
-    for name, (make, batch, width) in networks.items():
-        if arguments.only in name:
-            machine = {"device": named, "torch": torch.__version__, "python": platform.python_version()}
-            found[name] = {"machine": machine} | measure(make().to(device), batch, width, arguments.rounds)
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(arguments.out, (json.dumps(document, indent=2) + "\n").encode())
+    for network, (make, batch, width) in networks.items():
+        for taps in ("half", "quarter"):
+            name = f"{network}, {taps}"
+            if arguments.only in name:
+                machine = {"device": named, "torch": torch.__version__, "python": platform.python_version()}
+                found[name] = {"machine": machine} | measure(make().to(device), taps, batch, width, arguments.rounds)
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(arguments.out, (json.dumps(document, indent=2) + "\n").encode())
     for name, result in found.items():
-        title = f"{name}: batch {result['batch']}, encoding a sample takes {result['encoding_over_pass']:.2f} of a pass"
-        table = Table("", "s a round", "fused / this", "MB held", "MB added", "peak: fused / this", title=title, box=None)
-        fused = result["rows"]["fused"]
-        for variant, row in result["rows"].items():
-            table.add_row(
-                variant, f"{row['seconds']:.2f}", f"{fused['seconds'] / row['seconds']:.2f}", f"{row['held_bytes'] / 1e6:.0f}",
-                f"{row['added_bytes'] / 1e6:.0f}", f"{fused['peak_bytes'] / row['peak_bytes']:.2f}",
-            )  # fmt: skip
-        Console(width=120).print(table)
+        show(name, result)
 
 
 if __name__ == "__main__":

@@ -83,12 +83,12 @@ class PublicOrder(DistillTrainer):
         loss.backward()
         self.student_optimizer.step()
         self.student_optimizer.zero_grad()
-        self.ema.step(list(self.student.trained()))
+        self.average.update(self.student.trained())
         if self.clear:
             self.heads_optimizer.zero_grad()
         with torch.no_grad():
             fakes = self.rounds.fakes(draw)
-        for part, _ in self.rounds.discriminator_losses(draw, fakes):
+        for part, _ in self.rounds.discriminator_losses(draw, self.rounds.references(draw), fakes):
             part.backward()
         self.heads_optimizer.step()
         self.heads_optimizer.zero_grad()

@@ -13,6 +13,7 @@ from genkit.distill.spec import TASKS
 from genkit.errors import unknown
 
 METHODS = ("ladd", "add")
+TAP_SETS = ("quarter", "half", "all")  # what `taps` may say instead of names
 SCHEDULES = ("constant_with_warmup", "constant", "linear", "cosine", "cosine_with_restarts", "polynomial")  # of diffusers
 # What may differ between a run and its continuation.
 FREE = ("steps", "checkpoint_every", "checkpoints_limit", "preview_every", "preview_count", "log_every", "trackers")
@@ -33,12 +34,14 @@ class DistillConfig:
         disc_noise: noise at which the discriminator sees latents (LADD), see `NoiseSampler.parse`. A larger mean of the logit looks
             at global structure, a smaller one at texture; the paper's is 1, and 0 suits latents below 64 x 64.
         same_noise_level: real and fake samples get the same level, each its own noise.
-        taps: where the teacher is read: "quarter" (one tap a quarter of its depth), "all", or names.
+        taps: where the teacher is read: one of `TAP_SETS`, see `genkit.distill.sources.TeacherTaps`, or names.
         head, head_width: "conv2d", "mlp" (for vectors) or "stylegan-t", see `genkit.distill.heads`; width of the first two.
         spectral_norm: of the heads' layers.
         disc_condition: what heads are told besides the time: any of "text" (or class) and "image" (of the student's input; ADD).
         mismatched: real samples with the conditions of others are fakes too; has an effect on conditional teachers only.
         r1: weight of the gradient penalty on head inputs (ADD: 1e-5).
+        r1_every: rounds from one penalty to the next, which is as many times larger ("lazy": Karras et al. 2019, arXiv 1912.04958,
+            whose 16 it is).
         approximate_r1: weight of the finite-difference penalty instead; `approximate_r1_std` is its perturbation.
         adversarial, distillation, reconstruction: weights of the generator's losses: against the discriminator; to the teacher's
             denoising of the student's samples (ADD: 2.5; 0.5 for LADD on real data, 0 on synthetic); to the clean samples
@@ -55,6 +58,7 @@ class DistillConfig:
         lr, disc_lr: learning rates of AdamW, betas (0, 0.99); `lr` defaults to 1e-5, or 5e-5 for LoRA.
         lr_scheduler, lr_warmup: of `SCHEDULES`, and its warm-up in rounds.
         weight_decay, grad_clip, ema: of the student; `grad_clip` also of the heads, 0 for none; `ema` counts student updates.
+        ema_every, ema_host: rounds after which the average follows; whether it lives in host memory instead of the device's.
         steps: rounds; each is one update of the discriminator and one of the student.
         batch_size: samples of a round, over all processes and micro-batches.
         accumulation: micro-batches of a round.
@@ -86,6 +90,7 @@ class DistillConfig:
     disc_condition: tuple[str, ...] = ("text",)
     mismatched: bool = True
     r1: float = 1e-5
+    r1_every: int = 16
     approximate_r1: float = 0.0
     approximate_r1_std: float = 0.1
     adversarial: float = 1.0
@@ -106,6 +111,8 @@ class DistillConfig:
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     ema: float = 0.999
+    ema_every: int = 1
+    ema_host: bool = False
     steps: int = 10_000
     batch_size: int = 64
     accumulation: int = 1
@@ -143,7 +150,7 @@ class DistillConfig:
                 self._require(name, value is None or (isinstance(value, tuple) and all(isinstance(v, kind) for v in value)), what)
         LevelSampler(self.levels, self.level_probs, self.warmup_probs, self.warmup_steps)
         NoiseSampler.parse(self.disc_noise)
-        for name in ("steps", "batch_size", "accumulation", "log_every", "head_width", "disc_lr"):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "head_width", "disc_lr", "r1_every", "ema_every"):
             self._require(name, getattr(self, name) > 0, "must be positive")
         for name in (
             "warmup_steps", "r1", "approximate_r1", "adversarial", "distillation", "reconstruction", "lora_rank", "weight_decay",
@@ -175,6 +182,17 @@ class DistillConfig:
         if self.lr is not None:
             return self.lr
         return 5e-5 if self.lora_rank else 1e-5
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether rounds need what the teacher predicts, not only its features."""
+        return self.distillation > 0
+
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether latents are decoded: for ADD's encoder, the rest of a masked picture, a loss in pixel space, previews."""
+        in_pixels = self.distillation > 0 and self.distillation_space == "pixel"
+        return self.method == "add" or self.task == "inpaint" or in_pixels or self.preview_every > 0
 
     @property
     def is_fused(self) -> bool:
@@ -233,6 +251,18 @@ class DistillConfig:
                 raise ValueError(f"The recipe {str(recipe)!r} is for {table['method']!r}, not {method!r}.")
             values |= table
         return cls.from_json(values | {name: value for name, value in changes.items() if value is not None})
+
+
+def recipe_teacher(recipe: Path) -> str | None:
+    """The teacher that a recipe names in its [distill] table; None if it names none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no TOML.
+    """
+    if not recipe.is_file():
+        raise FileNotFoundError(f"There is no recipe {str(recipe)!r}.")
+    return read_toml(recipe).get("distill", {}).get("teacher")
 
 
 def read_toml(file: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from genkit.denoisers.text import TextDenoiser
 from genkit.distill.shards import Shard, difference, identity, read_record, settings_of, shard_file
 from genkit.ranks import Ranks
 
-MEMORY = 2**29  # bytes: latents up to this size are held in memory
+MEMORY = 2**29  # bytes: latents up to this size are held in memory, and as many of embeddings
 _ORDER = 60  # a stream of `genkit.noise` of its own, so that the order has nothing to do with what is drawn for training
 
 
@@ -46,7 +46,7 @@ class LatentDataset:
     Args:
         folder: made by `genkit synth` or `open_data`.
         skip_bad: leave out shards that are missing or unreadable, and do with fewer pictures than were to be encoded.
-        memory: bytes of latents that are held in memory.
+        memory: bytes of latents that are held in memory, and of embeddings of prompts.
 
     Attributes:
         record: how the items were made; "space" is their latent space.
@@ -86,7 +86,7 @@ class LatentDataset:
             self.seeds = [seed for shard in self._shards for seed in shard.read("seed", range(len(shard))).tolist()]
         self.paired: bool = all(shard.metadata.get("paired", False) for shard in self._shards)
         stored = sum(math.prod(shard.shapes["latents"]) for shard in self._shards) * getattr(torch, record["storage"]).itemsize
-        self._keep = stored <= memory
+        self._keep, self._memory = stored <= memory, memory
         self._encoded: WeakKeyDictionary[Denoiser, set[str]] = WeakKeyDictionary()  # the prompts that a model has kept
 
     def __len__(self) -> int:
@@ -141,6 +141,22 @@ class LatentDataset:
         if getattr(denoiser, "num_classes", None) is None:
             return denoiser.condition()
         return denoiser.condition(labels=self._described("labels", self.labels, denoiser, rows))
+
+    def encode_prompts(self, denoiser: Denoiser) -> bool:
+        """Encode every prompt now, if their embeddings take at most `memory` bytes.
+
+        Returns:
+            Whether conditions need no text encoder of the model, or copy of it, any more.
+        """
+        example = self.condition(denoiser, [0])
+        if not isinstance(denoiser, TextDenoiser) or any(name.startswith("cond.") for name in self._shards[0].shapes):
+            return True
+        row_of = {prompt: row for row, prompt in enumerate(self.prompts or [])}
+        if len(row_of) * sum(value.nbytes for value in example.tensors.values()) > self._memory:
+            return False
+        for row in row_of.values():
+            self.condition(denoiser, [row])
+        return True
 
     def _described(self, kind: str, values: list[Any] | None, denoiser: Denoiser, rows: Sequence[int]) -> list[Any]:
         if values is None:

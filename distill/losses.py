@@ -43,12 +43,27 @@ def gan_d(real: Logits, fake: Logits, kind: str = "hinge") -> Tensor:
     Raises:
         ValueError: an unknown kind.
     """
+    return gan_real(real, kind) + gan_fake(fake, kind)
+
+
+def gan_real(real: Logits, kind: str = "hinge") -> Tensor:
+    """The part of `gan_d` that real samples have."""
     _check(kind)
     if kind == "hinge":
-        return _mean(real, lambda d: F.relu(1 - d)) + _mean(fake, lambda d: F.relu(1 + d))
+        return _mean(real, lambda d: F.relu(1 - d))
     if kind == "softplus":
-        return _mean(real, lambda d: F.softplus(-d)) + _mean(fake, F.softplus)
-    return _mean(real, lambda d: (d - 1) ** 2 / 2) + _mean(fake, lambda d: d**2 / 2)
+        return _mean(real, lambda d: F.softplus(-d))
+    return _mean(real, lambda d: (d - 1) ** 2 / 2)
+
+
+def gan_fake(fake: Logits, kind: str = "hinge") -> Tensor:
+    """The part of `gan_d` that fakes have."""
+    _check(kind)
+    if kind == "hinge":
+        return _mean(fake, lambda d: F.relu(1 + d))
+    if kind == "softplus":
+        return _mean(fake, F.softplus)
+    return _mean(fake, lambda d: d**2 / 2)
 
 
 def gan_g(fake: Logits, kind: str = "hinge") -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from genkit import noise as noises
 from genkit.console import console
+from genkit.denoisers import Cond, Denoiser
 from genkit.denoisers.modes import evaluating
 from genkit.distill.masks import lower_half, masked
 from genkit.distill.path import renoise, steps_of
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 WINDOW = 200  # rounds that a warning looks back on
 # A discriminator that is right more often than this, or nearly never, teaches little. (The specs of the field say .55 to .8.)
 WINS, DIES = 0.97, 0.505
+LIMP = 1e-2  # pull of a head that is as good as constant; the margin of the hinge is 1
 PREVIEW_STEPS = (1, 2, 4)
 TEACHER_STEPS = 30
 
@@ -55,6 +57,7 @@ class Monitor:
             }
             self.trainer.accelerator.init_trackers("tracker", config=settings)
         self._began, self._began_step = time.monotonic(), self.trainer.step
+        self._told = self.trainer.step > 0  # what attention is computed with, in the first line of a run
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -72,13 +75,16 @@ class Monitor:
         rounds = trainer.step - self._began_step
         figures = figures | {
             "lr": trainer.schedules[0].get_last_lr()[0], "disc_lr": trainer.schedules[1].get_last_lr()[0],
-            "ema_decay": trainer.ema.cur_decay_value,
+            "ema_decay": trainer.average.decay_of(trainer.average.updates),
             "samples_per_second": rounds * trainer.config.batch_size / (time.monotonic() - self._began),
         }  # fmt: skip
         if trainer.accelerator.device.type == "cuda":
             figures["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self._log is not None:
-            print(json.dumps({"step": trainer.step} | {k: round(v, 6) for k, v in figures.items()}), file=self._log, flush=True)
+            line: dict[str, Any] = {"step": trainer.step} | {k: round(v, 6) for k, v in figures.items()}
+            line |= {} if self._told else {"attention": trainer.proof.to_dict()}
+            self._told = True
+            print(json.dumps(line), file=self._log, flush=True)
         if trainer.config.trackers:
             trainer.accelerator.log(figures, step=trainer.step)
         for warning in judge_health(list(self.history), self.trainer.discriminator.source.names):
@@ -102,26 +108,22 @@ class Monitor:
     def preview(self) -> Path | None:
         """Pictures of the averaged student at 1, 2 and 4 steps from fixed noise, under the teacher's, or under those whose lower
         half it paints; `previews/step-N.png`."""
-        trainer = self.trainer
-        count = min(trainer.config.preview_count, len(trainer.draws.data))
-        if not trainer.ranks.leads or not count:
+        trainer, denoiser, rows = self.trainer, self.trainer.teacher.denoiser, self._rows()
+        if not rows:
             return None
-        # The first rows of one shape.
-        rows = next(iter(trainer.draws.data.buckets.values()))[:count]
-        denoiser = trainer.teacher.denoiser
-        x0, cond = trainer.draws.data.latents(rows).to(denoiser.device), trainer.draws.data.condition(denoiser, rows)
+        x0, cond = self._items(denoiser)
         mask = None
         if trainer.config.task == "inpaint":
             mask = lower_half(len(x0), x0.shape[-2:], x0.device)
             cond = masked(cond, x0, mask, denoiser)
             pictures = {"data": denoiser.decode(x0)}
         else:
-            if self._teacher_pictures is None:
-                self._teacher_pictures = self._teacher(x0, cond.without_concat())
-            pictures = {f"teacher, {TEACHER_STEPS} steps": self._teacher_pictures}
+            self.draw_teacher()
+            pictures = {} if self._teacher_pictures is None else {f"teacher, {TEACHER_STEPS} steps": self._teacher_pictures}
         with trainer.averaged(), evaluating(trainer.student.network):
             for steps in [n for n in PREVIEW_STEPS if n <= len(trainer.config.levels)]:
-                samples = student_samples(trainer, x0.shape, cond, steps)
+                with trainer.autocast():
+                    samples = student_samples(trainer, x0.shape, cond, steps)
                 pictures[f"{steps} step{'s' * (steps > 1)}"] = self._painted(samples, x0, mask)
         captions = trainer.draws.data.prompts or [str(label) for label in trainer.draws.data.labels or []]
         sheet = contact_sheet(
@@ -133,20 +135,38 @@ class Monitor:
         save_png(sheet, file)
         return file
 
+    def _rows(self) -> list[int]:
+        """The rows of the data that are shown, of one shape; none where another process shows them."""
+        if not self.trainer.ranks.leads:
+            return []
+        return next(iter(self.trainer.draws.data.buckets.values()))[: self.trainer.config.preview_count]
+
+    def _items(self, denoiser: Denoiser) -> tuple[Tensor, Cond]:
+        """Latents and conditions of these rows."""
+        data, rows = self.trainer.draws.data, self._rows()
+        return data.latents(rows).to(denoiser.device), data.condition(denoiser, rows)
+
     def _painted(self, samples: Tensor, x0: Tensor, mask: Tensor | None) -> Tensor:
         """Pictures of samples, outside of a mask those of x0."""
         return self.trainer.teacher.denoiser.decode(samples if mask is None else mask * samples + (1 - mask) * x0)
 
-    def _teacher(self, x0: Tensor, cond: Any) -> Tensor:
+    @torch.no_grad()
+    def draw_teacher(self) -> None:
+        """Draw the teacher's row of the previews, once, while the trainer still has the whole teacher."""
         from genkit.sampling import sample
 
-        denoiser, guidance = self.trainer.teacher.denoiser, self.trainer.draws.data.record.get("guidance_scale") or 1.0
+        denoiser = self.trainer.whole
+        if denoiser is None or self._teacher_pictures is not None or self.trainer.config.task == "inpaint" or not self._rows():
+            return
+        x0, cond = self._items(denoiser)
         scheduler = type(denoiser.pipe.scheduler).from_config(denoiser.pipe.scheduler.config)
         denoiser.set_timesteps(scheduler, TEACHER_STEPS, x0.shape[1:], denoiser.device)
         start = noises.normal(range(len(x0)), x0.shape[1:]).to(denoiser.device) * getattr(scheduler, "init_noise_sigma", 1.0)
-        generators = noises.generators(range(len(x0)), noises.SAMPLER)
-        latents = sample(denoiser, scheduler, start, cond, guidance_scale=guidance, generator=generators)
-        return denoiser.decode(latents)
+        latents = sample(
+            denoiser, scheduler, start, cond.without_concat(), generator=noises.generators(range(len(x0)), noises.SAMPLER),
+            guidance_scale=self.trainer.draws.data.record.get("guidance_scale") or 1.0,
+        )  # fmt: skip
+        self._teacher_pictures = denoiser.decode(latents)
 
 
 @torch.no_grad()
@@ -179,11 +199,13 @@ def judge_health(history: list[dict[str, float]], taps: list[str]) -> list[str]:
             f"The discriminator wins: all heads tell real from fake {min(means):.0%} of the time or more, so the student learns "
             "little. Lower --disc-lr, raise --r1, use fewer taps, or more noise (the mean of --disc-noise)."
         )
-    dead = [name for name, mean in zip(taps, means, strict=True) if mean < DIES]
     gaps = [sum(h[f"logit_real/{k}"] - h[f"logit_fake/{k}"] for h in history) / len(history) for k in range(len(taps))]
-    if len(dead) == len(taps) and max(gaps) < 0.01:
+    pulls = [sum(h[f"pull/{k}"] for h in history) / len(history) for k in range(len(taps))]
+    # Chance alone is what a student as good as the data brings heads to: they still react to what they see, and pull.
+    if max(means) < DIES and max(gaps) < 0.01 and max(pulls) < LIMP:
         found.append(
-            "The discriminator has died: no head tells real from fake any better than chance. Raise --disc-lr, lower --r1, "
-            "use more taps, or less noise (the mean of --disc-noise)."
+            "The discriminator has died: no head tells real from fake any better than chance, and none reacts to what it sees (the "
+            f"strongest pull is {max(pulls):.1g}). Raise --disc-lr, lower --r1, use more taps, or less noise (the mean of "
+            "--disc-noise)."
         )
     return found

@@ -18,15 +18,10 @@ from torch import Tensor, nn
 from genkit.denoisers import Cond, Denoiser
 from genkit.denoisers.base import with_network
 from genkit.distill.path import Path
+from genkit.distill.resident import shared_copy
 from genkit.levels import Level
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-def shared_copy(network: Any) -> Any:
-    """A second module tree with the same Parameters and buffers; what is added to one tree is not in the other."""
-    memo: dict[int, Any] = {id(value): value for value in (*network.parameters(), *network.buffers())}
-    return copy.deepcopy(network, memo)
 
 
 class Teacher:

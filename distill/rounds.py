@@ -47,6 +47,23 @@ class Fakes:
     features: list[Tensor]
 
 
+@dataclasses.dataclass
+class References:
+    """What heads compare fakes with; for each tap the features of B samples.
+
+    Args:
+        real: of clean samples with their own conditions.
+        wrong: with those of others; of no samples where there are no mismatched pairs.
+        perturbed: real ones with a little more noise, for the finite difference; None without it.
+        image: embeddings (B, D) of the pictures that the student started from, where heads know them.
+    """
+
+    real: list[Tensor]
+    wrong: list[Tensor]
+    perturbed: list[Tensor] | None
+    image: Tensor | None
+
+
 class Rounds:
     """Losses of the two networks.
 
@@ -76,46 +93,60 @@ class Rounds:
             return Fakes(raw, x0, [])
         return Fakes(raw, x0, self.discriminator.extract(x0, draw.cond, draw.u_fake, draw.eps_fake))
 
-    def discriminator_losses(self, draw: Draw, fakes: Fakes) -> Iterator[tuple[Tensor, Figures]]:
-        """L_D of detached fakes, in parts that add up: one for each head, made when it is asked for, so that the graphs of the
-        heads need not be in memory at once. Gradients go to the heads alone."""
-        count = len(draw.x0)
-        with torch.no_grad():
-            # Real and mismatched samples in one pass of the backbone; heads see them one kind at a time.
-            x0, cond, eps, u = draw.x0, draw.cond, draw.eps_real, draw.u_real
-            if draw.wrong is not None:
-                x0, eps, u = torch.cat([x0, x0]), torch.cat([eps, eps]), torch.cat([u, u])
-                cond = draw.cond.joined(draw.wrong)
-            features = self.discriminator.extract(x0, cond, u, eps)
-            perturbed = self._perturbed(draw)
-        image = self._image(draw)
-        for k, (both, fake) in enumerate(zip(features, fakes.features, strict=True)):
-            yield self._head_loss(
-                draw, k, both[:count], fake.detach(), both[count:], None if perturbed is None else perturbed[k], image
-            )
-
-    def _head_loss(
-        self, draw: Draw, k: int, real: Tensor, fake: Tensor, wrong: Tensor, perturbed: Tensor | None, image: Tensor | None
-    ) -> tuple[Tensor, Figures]:
-        """The part of L_D of head k, from its features."""
-        config, judge = self.config, functools.partial(self.discriminator.judge, k)
-        real = real.clone().requires_grad_(config.r1 > 0)
-        real_logits, fake_logits = judge(real, draw.vector, draw.u_real, image), judge(fake, draw.vector, draw.u_fake, image)
-        loss = losses.gan_d(real_logits, fake_logits, config.gan)
+    @torch.no_grad()
+    def references(self, draw: Draw) -> References:
+        """Features of the real samples, before there is a graph of fakes beside which they would need their memory."""
+        # Real and mismatched samples in one pass of the backbone; heads see them one kind at a time.
+        x0, cond, eps, u = draw.x0, draw.cond, draw.eps_real, draw.u_real
         if draw.wrong is not None:
-            loss = (loss + losses.gan_d(real_logits, judge(wrong, draw.wrong_vector, draw.u_real, image), config.gan)) / 2
-        figures: Figures = {}
-        if config.r1:
-            figures["r1"] = losses.r1(real_logits, [real])
-            loss = loss + config.r1 * figures["r1"]
-        if perturbed is not None:
-            perturbed_logits = judge(perturbed, draw.vector, draw.u_real, image)
-            figures["approximate_r1"] = losses.approximate_r1(real_logits, perturbed_logits, config.approximate_r1_std)
+            x0, eps, u = torch.cat([x0, x0]), torch.cat([eps, eps]), torch.cat([u, u])
+            cond = draw.cond.joined(draw.wrong)
+        features = self.discriminator.extract(x0, cond, u, eps)
+        return References([feature[: len(draw.x0)] for feature in features], [feature[len(draw.x0) :] for feature in features],
+                          self._perturbed(draw), self._image(draw))  # fmt: skip
+
+    def discriminator_losses(
+        self, draw: Draw, references: References, fakes: Fakes, *, r1: float | None = None
+    ) -> Iterator[tuple[Tensor, Figures]]:
+        """L_D of detached fakes, in parts that add up: for each head those of real, generated and mismatched samples, made when
+        they are asked for, so that only one graph of a head is in memory at once. Gradients go to the heads alone.
+
+        Args:
+            r1: gamma, in this round; by default that of the configuration.
+        """
+        gamma = self.config.r1 if r1 is None else r1
+        heads, share = len(self.discriminator.heads), 1.0 if draw.wrong is None else 0.5
+        for k, fake in enumerate(fakes.features):
+            for loss, figures in self._head_losses(draw, k, references, fake.detach(), gamma, share):
+                means = {name: value / heads for name, value in ({"d_loss": loss} | figures).items() if "/" not in name}
+                yield loss / heads, {name: value.detach() for name, value in (figures | means).items()}
+
+    def _head_losses(
+        self, draw: Draw, k: int, references: References, fake: Tensor, gamma: float, share: float
+    ) -> Iterator[tuple[Tensor, Figures]]:
+        """The parts of head k; each kind of fakes has a `share`."""
+        config, judge = self.config, functools.partial(self.discriminator.judge, k, image=references.image)
+        real = references.real[k]
+        if gamma:
+            real = real.clone().requires_grad_()
+        logits = judge(real, draw.vector, draw.u_real)
+        loss = losses.gan_real(logits, config.gan)
+        figures: Figures = {f"accuracy/{k}": (logits > border(config.gan)).float().mean() / 2, f"logit_real/{k}": logits.mean()}
+        if gamma:
+            figures["r1"] = losses.r1(logits, [real])
+            loss = loss + gamma * figures["r1"]
+        if references.perturbed is not None:
+            perturbed = judge(references.perturbed[k], draw.vector, draw.u_real)
+            figures["approximate_r1"] = losses.approximate_r1(logits, perturbed, config.approximate_r1_std)
             loss = loss + config.approximate_r1 * figures["approximate_r1"]
-        heads = len(self.discriminator.heads)
-        figures = {name: value / heads for name, value in (figures | {"d_loss": loss}).items()}
-        figures |= _judgement(k, real_logits, fake_logits, config.gan)
-        return loss / heads, {name: value.detach() for name, value in figures.items()}
+        yield loss, figures
+        del logits, loss
+        logits = judge(fake, draw.vector, draw.u_fake)
+        figures = {f"accuracy/{k}": (logits < border(config.gan)).float().mean() / 2, f"logit_fake/{k}": logits.mean()}
+        yield share * losses.gan_fake(logits, config.gan), figures
+        del logits
+        if draw.wrong is not None:
+            yield share * losses.gan_fake(judge(references.wrong[k], draw.wrong_vector, draw.u_real), config.gan), {}
 
     def generator_loss(self, draw: Draw, fakes: Fakes) -> tuple[Tensor, Figures]:
         """L_G of fakes with a graph."""
@@ -123,7 +154,8 @@ class Rounds:
         figures: Figures = {"x0_std": fakes.x0.std()}
         terms = []
         if config.adversarial:
-            figures["g_adversarial"], term = self._adversarial(draw, fakes.features)
+            figures["g_adversarial"], term, pulls = self._adversarial(draw, fakes.features)
+            figures |= pulls
             terms.append(config.adversarial * term)
         if config.distillation:
             figures["g_distillation"] = self._distillation(draw, fakes.x0)
@@ -135,17 +167,22 @@ class Rounds:
         figures["g_loss"] = loss
         return loss, {name: value.detach() for name, value in figures.items()}
 
-    def _adversarial(self, draw: Draw, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The student's adversarial loss, and a term of that value and its gradient, for which no graph of a head is kept."""
+    def _adversarial(self, draw: Draw, features: list[Tensor]) -> tuple[Tensor, Tensor, Figures]:
+        """The student's adversarial loss; a term of that value and its gradient, for which no graph of a head is kept; and for each
+        head the pull |dL_k/df_k| |f_k|, by how much its loss would change if features moved along the gradient as far as they are
+        from zero."""
         value, pull = features[0].new_zeros(()), features[0].new_zeros(())
+        figures: Figures = {}
         image = self._image(draw)
         for k, feature in enumerate(features):
             leaf = feature.detach().requires_grad_()
             logits = self.discriminator.judge(k, leaf, draw.vector, draw.u_fake, image)
-            part = losses.gan_g(logits, self.config.gan) / len(features)
-            value = value + part.detach()
-            pull = pull + (feature * torch.autograd.grad(part, leaf)[0]).sum()
-        return value, value + pull - pull.detach()
+            loss = losses.gan_g(logits, self.config.gan)
+            gradient = torch.autograd.grad(loss, leaf)[0]
+            value = value + loss.detach() / len(features)
+            pull = pull + (feature * gradient).sum() / len(features)
+            figures[f"pull/{k}"] = gradient.norm() * leaf.norm()
+        return value, value + pull - pull.detach(), figures
 
     def _distillation(self, draw: Draw, x0: Tensor) -> Tensor:
         """L_dist: the teacher denoises the student's samples at random levels; it gets no gradient."""
@@ -174,8 +211,6 @@ class Rounds:
         return embedded * (draw.u < 1).to(embedded).unsqueeze(1)
 
 
-def _judgement(k: int, real: Tensor, fake: Tensor, kind: str) -> Figures:
-    """Of head k: how often it is right, and its mean logits."""
-    border = 0.5 if kind == "lsgan" else 0.0
-    right = ((real > border).float().mean() + (fake < border).float().mean()) / 2
-    return {f"accuracy/{k}": right, f"logit_real/{k}": real.mean(), f"logit_fake/{k}": fake.mean()}
+def border(kind: str) -> float:
+    """The logit above which a head takes a sample for real."""
+    return 0.5 if kind == "lsgan" else 0.0

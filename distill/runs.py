@@ -114,7 +114,7 @@ class Run:
         state = {
             "student": trainer.student_optimizer.state_dict(), "heads": trainer.heads_optimizer.state_dict(),
             "schedules": [schedule.state_dict() for schedule in trainer.schedules],
-            "ema_steps": trainer.ema.optimization_step,
+            "ema_steps": trainer.average.updates,
         }  # fmt: skip
         torch.save(state, folder / "optimizers.pt")
         (folder / "state.json").write_text(json.dumps({"step": trainer.step}) + "\n", encoding="utf-8")
@@ -137,8 +137,8 @@ class Run:
         trainer.heads_optimizer.load_state_dict(state["heads"])
         for schedule, content in zip(trainer.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(content)
-        trainer.ema.shadow_params = averaged
-        trainer.ema.optimization_step = state["ema_steps"]
+        trainer.average.reset(averaged)
+        trainer.average.updates = state["ema_steps"]
 
     def _shorten_log(self, step: int) -> None:
         """Drop the lines of rounds after `step`, which will be written again."""

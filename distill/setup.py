@@ -13,16 +13,9 @@ from genkit.distill.sources import FeatureSource, PixelEncoder, TeacherTaps
 CLASSIFIER_TAPS = ("blocks.1", "blocks.2", "blocks.3")
 
 
-def build_discriminator(
-    denoiser: Denoiser, draws: Draws, config: DistillConfig, source: FeatureSource | None = None
-) -> FeatureDiscriminator:
-    """The discriminator of a configuration; on another source of features, if one is given.
-
-    Raises:
-        ValueError: taps that the network does not have, an encoder that is unknown, or the judge as encoder.
-    """
+def build_discriminator(draws: Draws, config: DistillConfig, source: FeatureSource) -> FeatureDiscriminator:
+    """The discriminator of a configuration, on a source of features."""
     _, _, vector = draws.example()
-    source = source or feature_source(denoiser, draws, config)
     return FeatureDiscriminator(
         source,
         vector.shape[1] if "text" in config.disc_condition else 0,
@@ -34,7 +27,11 @@ def build_discriminator(
 
 
 def feature_source(denoiser: Denoiser, draws: Draws, config: DistillConfig) -> FeatureSource:
-    """The teacher's taps (LADD), or an image encoder's (ADD)."""
+    """The teacher's taps (LADD), or an image encoder's (ADD).
+
+    Raises:
+        ValueError: taps that the network does not have, an encoder that is unknown, or the judge as encoder.
+    """
     if config.method == "ladd":
         taps = config.taps if isinstance(config.taps, str) else list(config.taps)
         x0, cond, _ = draws.example()
@@ -57,5 +54,5 @@ def feature_source(denoiser: Denoiser, draws: Draws, config: DistillConfig) -> F
 
 
 def _named(config: DistillConfig, default: tuple[int | str, ...]) -> list[int | str]:
-    """The taps of an encoder; "quarter" and "all" are for teachers, and mean the encoder's own default here."""
+    """The taps of an encoder; `TAP_SETS` are for teachers, and mean the encoder's own default here."""
     return list(default if isinstance(config.taps, str) else config.taps)

@@ -9,6 +9,7 @@ Both end the pass at the deepest tap, keep their network in eval mode, and give 
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genkit.attention.proof import check
 from genkit.denoisers import Cond, Denoiser
+from genkit.denoisers.base import network_name
 from genkit.denoisers.modes import evaluating
 from genkit.distill.augment import DRAWS, diff_augment
+from genkit.distill.config import TAP_SETS
 from genkit.distill.path import Path
+from genkit.distill.resident import called, only, with_components
 from genkit.features.extractor import null_condition
 from genkit.features.taps import Tap, as_map, blocks_of, collect, resolve_taps
 from genkit.latents import LatentCodec
@@ -74,8 +79,9 @@ class TeacherTaps(FeatureSource):
 
     Args:
         denoiser: the teacher; its network is frozen in place.
-        taps: "quarter": the middle block of each quarter of the depth, and the last block. "all": every block. Or names, module
-            paths or positions of blocks, see `genkit.features.taps`.
+        taps: "quarter": the middle block of each quarter of the depth, and the last block. "half": four blocks, evenly from the
+            first to the one in the middle of the depth; in a UNet they are those of the encoder. "all": every block. Or names,
+            module paths or positions of blocks, see `genkit.features.taps`.
         path: the noise levels; by default those of the denoiser's scheduler.
         shape, cond: shape of a clean sample and condition of one, from which `channels` are found; by default the model's own size
             and the null condition.
@@ -102,16 +108,36 @@ class TeacherTaps(FeatureSource):
         denoiser.network.eval().requires_grad_(False)
         self.denoiser = denoiser
         self.path = Path(denoiser.pipe.scheduler) if path is None else path
-        self.taps = resolve_taps(denoiser.network, _blocks(denoiser.network, taps) if taps in ("quarter", "all") else taps)
+        self.taps = resolve_taps(denoiser.network, _blocks(denoiser.network, taps) if taps in TAP_SETS else taps)
         self._shape, self._cond = shape, cond
 
     @functools.cached_property
     def channels(self) -> list[int]:
+        return [value.shape[1] for value in self._example()]
+
+    def strip(self) -> Denoiser:
+        """Do without what lies behind the deepest tap, and return the denoiser that is left; the one that was given stays whole.
+
+        It is tried: a network whose features differ afterwards is kept as it was.
+        """
+        whole, expected = self.denoiser, self._example()
+        kept = called(whole.network, self._example)
+        self.denoiser = with_components(whole, **{network_name(whole.pipe): only(whole.network, kept)})
+        try:
+            same = all(torch.equal(a, b) for a, b in zip(self._example(), expected, strict=True))
+        except (AttributeError, RuntimeError):  # weights that are used without a call of their module
+            same = False
+        if not same:
+            self.denoiser = whole
+        return self.denoiser
+
+    @torch.no_grad()
+    def _example(self) -> list[Tensor]:
+        """The features of one sample."""
         shape = self.denoiser.latent_shape(None, None) if self._shape is None else self._shape
         cond = null_condition(self.denoiser) if self._cond is None else self._cond
         x0 = torch.zeros(1, *shape, device=self.denoiser.device)
-        with torch.no_grad():
-            return [value.shape[1] for value in self(x0, cond, torch.tensor([0.5]), x0)]
+        return self(x0, cond, torch.tensor([0.5]), x0)
 
     def __call__(
         self,
@@ -168,6 +194,7 @@ class PixelEncoder(FeatureSource):
         augment: bool = True,
     ) -> None:
         encoder.eval().requires_grad_(False)
+        check(encoder)
         if codec is not None:
             codec.vae.eval().requires_grad_(False)
         self.taps = resolve_taps(encoder, taps)
@@ -270,13 +297,16 @@ class PixelEncoder(FeatureSource):
 
 
 def _blocks(network: nn.Module, taps: str | Sequence[str | int]) -> list[str]:
-    """The names of the blocks that "quarter" or "all" mean."""
+    """The names of the blocks that one of `TAP_SETS` means."""
     blocks = blocks_of(network)
     count = len(blocks)
     if not count:
         raise ValueError(f"{type(network).__name__} has no blocks that genkit knows. Give taps as module paths, not {taps!r}.")
     if taps == "all":
         return blocks
+    if taps == "half":
+        middle = (count + 1) // 2
+        return [blocks[i] for i in sorted({math.ceil(part * middle / 4) - 1 for part in range(1, 5)})]
     return [blocks[i] for i in sorted({*((2 * quarter + 1) * count // 8 for quarter in range(4)), count - 1})]
 
 

@@ -24,21 +24,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import nn
 
 from genkit import noise as noises
+from genkit.attention.proof import Proof
 from genkit.console import progress
 from genkit.denoisers import Denoiser
+from genkit.distill.average import Average
 from genkit.distill.config import DistillConfig
 from genkit.distill.data import LatentDataset
 from genkit.distill.draws import Draw, Draws
 from genkit.distill.monitor import Monitor
 from genkit.distill.networks import Student, Teacher
+from genkit.distill.optimizer import MomentumFreeAdamW
+from genkit.distill.resident import in_dtype, without_encoders
 from genkit.distill.rounds import Fakes, Figures, Rounds
 from genkit.distill.runs import Run
-from genkit.distill.setup import build_discriminator
-from genkit.distill.sources import FeatureSource
+from genkit.distill.setup import build_discriminator, feature_source
+from genkit.distill.sources import FeatureSource, TeacherTaps
 from genkit.distill.trained import start_from
 from genkit.ranks import Ranks
 
@@ -46,8 +49,11 @@ from genkit.ranks import Ranks
 class DistillTrainer:
     """Distils a denoiser into a few-step student.
 
+    A trainer keeps of its teacher what rounds need: the blocks up to the deepest tap, in bfloat16 if that is what they compute in,
+    and text encoders and VAE only while something has to be encoded or decoded. The rest is free once the caller lets go of it.
+
     Args:
-        denoiser: the teacher, on the device of this process; frozen in place.
+        denoiser: the teacher, on the device of this process; its network is frozen in place.
         data: clean latents with conditions, of the teacher's latent space.
         config: everything else.
         folder: of the run: `config.json`, `checkpoint-N/`, `log.jsonl`, `previews/`.
@@ -57,7 +63,8 @@ class DistillTrainer:
     Attributes:
         step: rounds done.
         student, discriminator: the trained networks, unwrapped.
-        ema: average of the student's weights.
+        teacher: the frozen model, as far as it is kept.
+        average: of the student's weights.
 
     Raises:
         ValueError: data, levels, taps or heads that do not fit the teacher, or each other.
@@ -80,17 +87,12 @@ class DistillTrainer:
         _refuse_plugins()
         self.config, self.ranks, self.step = config, ranks or Ranks(), 0
         torch.manual_seed(config.seed)
-        self.teacher = Teacher(denoiser)
-        self.draws = Draws(data, denoiser, config, self.ranks)
-        self.student = Student(self.teacher, lora_rank=config.lora_rank, extra_channels=self.draws.extra_channels)
-        if config.init:
-            start_from(config.init, self.student.network)
-        self.discriminator = build_discriminator(denoiser, self.draws, config, source).to(denoiser.device)
-        if config.gradient_checkpointing:
-            for network in (self.student.network, denoiser.network):
-                network.enable_gradient_checkpointing()
+        self.whole: Denoiser | None = denoiser if config.preview_every else None  # until it has drawn its part of the previews
+        encoded = data.encode_prompts(denoiser)
+        self.draws = Draws(data, without_encoders(denoiser, text=not encoded, pictures=config.needs_pictures), config, self.ranks)
+        self._make_networks(self.draws.denoiser, source)
         self.accelerator = Accelerator(
-            mixed_precision="no",  # which accelerate fixes for the whole process; `_autocast` is for a trainer
+            mixed_precision="no",  # which accelerate fixes for the whole process; `autocast` is for a trainer
             log_with=list(config.trackers) or None,
             project_dir=str(folder),
             cpu=denoiser.device.type == "cpu",
@@ -102,11 +104,31 @@ class DistillTrainer:
         self._prepare()
         self._stopping = False
 
+    def _make_networks(self, whole: Denoiser, source: FeatureSource | None) -> None:
+        """Teacher, student and discriminator, from a teacher's whole network."""
+        config = self.config
+        # Autocast would cast frozen weights in each pass. A LoRA student has the same ones.
+        working = in_dtype(whole, torch.bfloat16 if config.mixed_precision == "bf16" else None)
+        start = working if config.lora_rank else whole  # all weights are trained in float32, from what they are in float32
+        self.student = Student(Teacher(start), lora_rank=config.lora_rank, extra_channels=self.draws.extra_channels)
+        if config.init:
+            start_from(config.init, self.student.network)
+        Teacher(working)  # frozen before its features are read
+        if source is None:
+            source = feature_source(working, self.draws, config)
+            if isinstance(source, TeacherTaps) and not config.needs_output:
+                working = source.strip()
+        self.teacher, self.draws.denoiser = Teacher(working), working
+        self.discriminator = build_discriminator(self.draws, config, source).to(working.device)
+        if config.gradient_checkpointing:
+            for network in (self.student.network, working.network):
+                network.enable_gradient_checkpointing()
+
     def _prepare(self) -> None:
         config = self.config
 
         def adamw(parameters: Any, lr: float, decay: float) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(list(parameters), lr=lr, betas=(0.0, 0.99), weight_decay=decay, fused=True)
+            return MomentumFreeAdamW(parameters, lr=lr, weight_decay=decay)
 
         def schedule(optimizer: Any) -> Any:
             return get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup, num_training_steps=config.steps)
@@ -120,8 +142,7 @@ class DistillTrainer:
         self.wrapped_student, self.student_optimizer = self.accelerator.prepare(self.student, optimizers[0])
         # Heads have a backward pass each, which DDP does not count as one; `_discriminator_phase` reduces.
         self.heads_optimizer = self.accelerator.prepare(optimizers[1])
-        # One weight at a time: all at once would need another 4 bytes a parameter beside the gradients.
-        self.ema = EMAModel(list(self.student.trained()), decay=config.ema, foreach=False)
+        self.average = Average(self.student.trained(), config.ema, every=config.ema_every, host=config.ema_host)
         self.rounds = Rounds(self.teacher, self.wrapped_student, self.discriminator, config)
 
     def fit(self, resume: str | Path | None = None) -> None:
@@ -137,11 +158,16 @@ class DistillTrainer:
         """
         self._stopping = False
         self.run.open(self, resume)
-        with self._signals(), progress(disable=not self.ranks.leads) as bar, self.monitor:
+        if self.step + self.config.preview_every <= self.config.steps:
+            self.monitor.draw_teacher()
+        self.whole = None
+        self.proof = Proof(self.student.network, self.teacher.denoiser)
+        with self._signals(), progress(disable=not self.ranks.leads) as bar, self.monitor, self.proof:
             task = bar.add_task("distilling", total=self.config.steps, completed=self.step)
             try:
                 while self.step < self.config.steps and not self._stop_agreed():
-                    figures = self._round()
+                    with self.proof.step("round"):
+                        figures = self._round()
                     self.step += 1
                     self.monitor.record(figures)
                     bar.update(task, completed=self.step, description=self.monitor.summary())
@@ -162,13 +188,11 @@ class DistillTrainer:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The student with its averaged weights inside the block, and as it was after it."""
-        parameters = list(self.student.trained())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
+        self.average.swap(self.student.trained())
         try:
             yield
         finally:
-            self.ema.restore(parameters)
+            self.average.swap(self.student.trained())
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -206,10 +230,11 @@ class DistillTrainer:
         figures: list[Figures] = []
         for draw in self._draws(attempt):
             found: Figures = {}
-            with self._autocast():
+            with self.autocast():
+                references = self.rounds.references(draw)
                 with torch.set_grad_enabled(self.config.is_fused):
                     fakes = self.rounds.fakes(draw)
-                for loss, part in self.rounds.discriminator_losses(draw, fakes):
+                for loss, part in self.rounds.discriminator_losses(draw, references, fakes, r1=self._r1()):
                     self.accelerator.backward(loss / self.config.accumulation)
                     found |= {key: found.get(key, 0) + value for key, value in part.items()}
             figures.append(found)
@@ -226,7 +251,7 @@ class DistillTrainer:
         figures: list[Figures] = []
         with _frozen(self.discriminator):
             for micro, draw in enumerate(self._draws(attempt)):
-                with self._exchange(micro), self._autocast():
+                with self._exchange(micro), self.autocast():
                     if kept is not None and kept.fakes is not None and kept.draw is not None:
                         draw, fakes = kept.draw, kept.fakes
                         kept.fakes = None  # its graph serves once
@@ -237,8 +262,12 @@ class DistillTrainer:
                 figures.append(found)
         means = self._finish("g", self.student, self.student_optimizer, self.discriminator, figures)
         if all(math.isfinite(value) for value in means.values()):
-            self.ema.step(list(self.student.trained()))
+            self.average.update(self.student.trained())
         return means
+
+    def _r1(self) -> float:
+        """gamma in this round: lazily, `r1_every` times as large in every so manieth."""
+        return 0.0 if (self.step + 1) % self.config.r1_every else self.config.r1_every * self.config.r1
 
     def _draws(self, attempt: int) -> Iterator[Draw]:
         """The micro-batches of the round."""
@@ -248,7 +277,8 @@ class DistillTrainer:
         """Where the student's gradients are computed: processes exchange them in the last micro-batch."""
         return nullcontext() if micro == self.config.accumulation - 1 else self.accelerator.no_sync(self.wrapped_student)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """The precision that the networks compute in."""
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16")
 
     def _zero(self) -> None:

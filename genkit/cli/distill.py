@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.common import INTERRUPTED, Debug, Device, Json, Quiet, check_device, check_model, command, option
+from genkit.cli.common import INTERRUPTED, Attn, Debug, Device, Json, Quiet, check_attn, check_device, check_model, command, option
 
 if TYPE_CHECKING:
     from genkit.cli.common import Output
+    from genkit.denoisers import Denoiser
     from genkit.distill.config import DistillConfig
     from genkit.distill.data import LatentDataset
-    from genkit.pipelines import GuidedPipeline
+    from genkit.distill.trainer import DistillTrainer
     from genkit.ranks import Ranks
 
 _WHAT, _DISC, _LOSS, _OPT, _RUN = "What to distil", "Discriminator", "Losses", "Optimisation", "Run"
@@ -24,7 +25,9 @@ def distill(
     method: Annotated[str, typer.Argument(help="ladd (latent, by the teacher's features) or add (by an image encoder's).")],
     data: Annotated[str, option(_WHAT, "Folder of `genkit synth`, a folder of captioned images, or digits.")],
     out: Annotated[Path, option(_RUN, "Folder of the run: settings, checkpoints, log, previews.")],
-    teacher: Annotated[str, option(_WHAT, "An embedded model, a folder, or a Hub repository.")] = "digits",
+    teacher: Annotated[
+        str | None, option(_WHAT, "An embedded model, a folder, or a Hub repository.", show_default="the recipe's, or digits")
+    ] = None,
     student: Annotated[str | None, option(_WHAT, "full, or lora:RANK on the teacher's own weights.", show_default="full")] = None,
     init: Annotated[
         str | None,
@@ -49,7 +52,7 @@ def distill(
         str | None,
         option(_DISC, "logit-normal:M,S, uniform, shifted:K or atan-lognormal:M,S.", show_default="logit-normal:1,1; 0,1 if small"),
     ] = None,
-    taps: Annotated[str | None, option(_DISC, "quarter, all, or names with commas.", show_default="quarter")] = None,
+    taps: Annotated[str | None, option(_DISC, "half, quarter, all, or names with commas.", show_default="quarter")] = None,
     head: Annotated[str | None, option(_DISC, "conv2d, mlp or stylegan-t.", show_default="conv2d")] = None,
     head_width: Annotated[int | None, option(_DISC, "Channels inside a conv2d or mlp head.", min=1, show_default="256")] = None,
     encoder: Annotated[
@@ -63,6 +66,9 @@ def distill(
     ] = None,
     gan: Annotated[str | None, option(_LOSS, "hinge, softplus or lsgan.", show_default="hinge")] = None,
     r1: Annotated[float | None, option(_LOSS, "Gradient penalty on head inputs.", min=0, show_default="1e-5")] = None,
+    r1_every: Annotated[
+        int | None, option(_LOSS, "Rounds from one penalty to the next, which is as many times larger.", min=1, show_default="16")
+    ] = None,
     approximate_r1: Annotated[float | None, option(_LOSS, "The same by finite differences.", min=0, show_default="0")] = None,
     distillation: Annotated[
         float | None,
@@ -85,6 +91,8 @@ def distill(
     weight_decay: Annotated[float | None, option(_OPT, "Of the student.", min=0, show_default="0")] = None,
     grad_clip: Annotated[float | None, option(_OPT, "Largest norm of a gradient; 0 is off.", min=0, show_default="1")] = None,
     ema: Annotated[float | None, option(_OPT, "Decay of the student's average.", min=0, max=0.99999, show_default=".999")] = None,
+    ema_every: Annotated[int | None, option(_OPT, "Rounds after which the average follows.", min=1, show_default="1")] = None,
+    ema_host: Annotated[bool | None, option(_OPT, "Keep the average in host memory.", "--ema-host", show_default="off")] = None,
     steps: Annotated[int | None, option(_OPT, "Rounds: an update of both networks each.", min=1, show_default="10000")] = None,
     batch_size: Annotated[int | None, option(_OPT, "Samples of a round, over all processes.", min=1, show_default="64")] = None,
     accumulation: Annotated[int | None, option(_OPT, "Micro-batches of a round.", min=1, show_default="1")] = None,
@@ -106,6 +114,7 @@ def distill(
         bool, option(_RUN, "Check everything (of images, one batch), say what would be done, stop.", "--dry-run")
     ] = False,
     device: Device = "auto",
+    attn: Attn = "auto",
     allow_pickle: Annotated[bool, option("Machine", "Accept weights that are pickles.", "--allow-pickle")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -129,10 +138,19 @@ def distill(
         from genkit.ranks import Ranks
 
         check_device(device)
+        attn = check_attn(attn)
+        if recipe is not None:
+            from genkit.distill.config import recipe_teacher
+
+            named = recipe_teacher(recipe)
+            teacher = teacher or named
+        teacher = teacher or "digits"
         check_model(teacher, allow_pickle)
         ranks = Ranks.from_environment()
         if not ranks.leads:
             output.mute()
+        from genkit.distill.config import TAP_SETS, DistillConfig
+
         parsed = _levels(levels, level_probs)
         changes: dict[str, Any] = {
             "teacher": teacher, "init": init, "task": task, "disc_noise": disc_noise, "head": head, "head_width": head_width,
@@ -141,47 +159,57 @@ def distill(
             "distillation_weight": distillation_weight, "distillation_guidance": distillation_guidance,
             "reconstruction": reconstruction, "adversarial": adversarial, "lr": lr, "disc_lr": disc_lr,
             "lr_scheduler": lr_scheduler, "lr_warmup": lr_warmup, "weight_decay": weight_decay, "grad_clip": grad_clip, "ema": ema,
+            "r1_every": r1_every, "ema_every": ema_every, "ema_host": ema_host,
             "steps": steps, "batch_size": batch_size, "accumulation": accumulation, "fused": fused,
             "mixed_precision": mixed_precision, "gradient_checkpointing": gradient_checkpointing, "seed": seed,
             "checkpoint_every": checkpoint_every, "checkpoints_limit": checkpoints_limit, "preview_every": preview_every,
             "log_every": log_every, "trackers": None if trackers is None else _names(trackers),
-            "taps": taps if taps is None or taps in ("quarter", "all") else _names(taps),
+            "taps": taps if taps is None or taps in TAP_SETS else _names(taps),
             "lora_rank": None if student is None else lora_rank(student), **parsed,
         }  # fmt: skip
-        if recipe is not None and not recipe.is_file():
-            raise FileNotFoundError(f"There is no recipe {str(recipe)!r}.")
-        from genkit.distill.config import DistillConfig
-
         # What is wrong, before anything is loaded.
         planned = DistillConfig.preset(method, synthetic=True, side=64, recipe=recipe, **changes)
         own = ranks.join(cpu=device == "cpu")
         try:
             with TemporaryDirectory() as trial:
-                pipe, dataset = _open(
-                    teacher, data, Path(trial) if dry_run else out / "data", device, own, Ranks() if dry_run else ranks, output,
+                denoiser, dataset = _open(
+                    planned, data, Path(trial) if dry_run else out / "data", device, own, Ranks() if dry_run else ranks, output,
                     allow_pickle, planned.batch_size if dry_run else count, sizes, skip_bad,
                 )  # fmt: skip
                 config = DistillConfig.preset(
                     method, synthetic=dataset.seeds is not None, side=min(dataset.shapes[0][-2:]), recipe=recipe, **changes
                 )
                 items = None if dataset.folder == Path(trial) else len(dataset)
-                _train(pipe, dataset, config, out, ranks, output, items=items, resume=resume, dry_run=dry_run)
+                from genkit.attention import use_attention
+                from genkit.distill.trainer import DistillTrainer
+
+                trainer = DistillTrainer(denoiser, dataset, config, out, ranks=ranks)
+                del denoiser  # of which the trainer keeps what it needs
+                with use_attention(trainer.student.network, attn), use_attention(trainer.teacher.denoiser, attn):
+                    _train(trainer, output, items=items, resume=resume, dry_run=dry_run)
         finally:
             ranks.leave()
 
 
 def _open(
-    teacher: str, data: str, cache: Path, device: str, own: str | None, ranks: Ranks, output: Output, allow_pickle: bool,
+    planned: DistillConfig, data: str, cache: Path, device: str, own: str | None, ranks: Ranks, output: Output, allow_pickle: bool,
     count: int | None, sizes: str | None, skip_bad: bool,
-) -> tuple[GuidedPipeline, LatentDataset]:  # fmt: skip
+) -> tuple[Denoiser, LatentDataset]:  # fmt: skip
     """The teacher on its device, and the data, encoded into `cache` if they are images."""
     from genkit.cli.common import resolve_device
     from genkit.console import progress
     from genkit.distill.data import open_data
+    from genkit.distill.shards import read_record
     from genkit.runner import load
     from genkit.sweep import parse_size
 
-    pipe = load(teacher, device=own or resolve_device(device), allow_pickle=allow_pickle, quiet=output.quiet)
+    record = read_record(Path(data)) if Path(data).is_dir() else None
+    # All weights are trained from float32 ones; those that a LoRA leaves alone are bfloat16 where they compute in it.
+    dtype = "bfloat16" if planned.lora_rank and planned.mixed_precision == "bf16" else "float32"
+    pipe = load(
+        planned.teacher, dtype=dtype, device=own or resolve_device(device), allow_pickle=allow_pickle, quiet=output.quiet,
+        text_encoders=record is None or not record.get("embeds", False),
+    )  # fmt: skip
     shapes = None if sizes is None else [(h, w) for w, h in (parse_size(part) for part in _names(sizes))]
     with progress(disable=not ranks.leads) as bar:
         task = bar.add_task("encoding images", total=None, visible=False)
@@ -194,21 +222,17 @@ def _open(
         )
     if dataset.skipped:
         output.note(f"Left out {len(dataset.skipped)} unreadable files, the first {dataset.skipped[0]!r}.")
-    return pipe, dataset
+    return pipe.denoiser, dataset
 
 
-def _train(
-    pipe: GuidedPipeline, data: LatentDataset, config: DistillConfig, out: Path, ranks: Ranks, output: Output, *,
-    items: int | None, resume: str | None, dry_run: bool,
-) -> None:  # fmt: skip
-    from genkit.distill.trainer import DistillTrainer
-
-    trainer = DistillTrainer(pipe.denoiser, data, config, out, ranks=ranks)
+def _train(trainer: DistillTrainer, output: Output, *, items: int | None, resume: str | None, dry_run: bool) -> None:
+    """Say what would be done, or do it."""
+    config, out = trainer.config, trainer.run.folder
     trained = sum(p.numel() for p in trainer.student.trained())
     heads = sum(p.numel() for p in trainer.discriminator.parameters())
     plan = {
-        "folder": str(out), "processes": ranks.world, "items": items, "trained_parameters": trained, "head_parameters": heads,
-        "taps": trainer.discriminator.source.names, "config": config.to_json(),
+        "folder": str(out), "processes": trainer.ranks.world, "items": items, "trained_parameters": trained,
+        "head_parameters": heads, "taps": trainer.discriminator.source.names, "config": config.to_json(),
     }  # fmt: skip
     shown = "images that are encoded first" if items is None else f"{items:,} items"
     what = f"{config.teacher} by {config.method.upper()} into {out}: {trained:,} parameters, {shown}"

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from genkit.cli.common import (
+    Attn,
     Debug,
     Device,
     Json,
     Output,
     Quiet,
+    check_attn,
     check_device,
     check_model,
     command,
@@ -29,7 +31,9 @@ _WHAT, _HOW, _WHERE, _MACHINE = "What to draw", "How to sample", "Files", "Machi
 
 def synth(
     out: Annotated[Path, option(_WHERE, "Folder for the data: synth.json, and shards with latents, seeds and prompts.")],
-    teacher: Annotated[str, option(_WHAT, "An embedded model, a folder, or a Hub repository.")] = "digits",
+    teacher: Annotated[
+        str | None, option(_WHAT, "An embedded model, a folder, or a Hub repository.", show_default="the recipe's, or digits")
+    ] = None,
     prompts: Annotated[
         Path | None, option(_WHAT, 'UTF-8 file with a prompt on each line; # starts a comment. Of .jsonl the "text" of each line.')
     ] = None,
@@ -62,6 +66,7 @@ def synth(
     dry_run: Annotated[bool, option(_WHERE, "Say what would be done, and stop.", "--dry-run")] = False,
     batch: Annotated[int, option(_MACHINE, "Items at a time; it changes none by more than rounding.", min=1)] = 16,
     device: Device = "auto",
+    attn: Attn = "auto",
     dtype: Annotated[str, option(_MACHINE, "Of the network: float32, float16 or bfloat16.")] = "float32",
     allow_pickle: Annotated[bool, option(_MACHINE, "Accept weights that are pickles.", "--allow-pickle")] = False,
     as_json: Json = False,
@@ -88,8 +93,15 @@ def synth(
         from genkit.sweep import parse_size
 
         check_device(device)
+        attn = check_attn(attn)
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
+        if recipe is not None:
+            from genkit.distill.config import recipe_teacher
+
+            named = recipe_teacher(recipe)
+            teacher = teacher or named
+        teacher = teacher or "digits"
         check_model(teacher, allow_pickle)
         texts = read_texts(prompts, prompt or [], captions, count)
         classes = None if labels is None else parse_labels(labels)
@@ -98,8 +110,6 @@ def synth(
             raise ValueError("Nothing says what to draw. Give --prompts FILE, --prompt, --captions digits or --labels; or --count "
                              "for an unconditional model.")  # fmt: skip
         width, height = (None, None) if size is None else parse_size(size)
-        if recipe is not None and not recipe.is_file():
-            raise FileNotFoundError(f"There is no recipe {str(recipe)!r}.")
         from genkit.distill import SynthConfig
 
         config = SynthConfig.preset(
@@ -120,7 +130,7 @@ def synth(
         with resumable(output, plan, ranks):
             made = _synthesize(
                 output, plan, config, texts, classes, ranks,
-                batch=batch, resume=resume, device=device, dtype=dtype, allow_pickle=allow_pickle,
+                batch=batch, resume=resume, device=device, attn=attn, dtype=dtype, allow_pickle=allow_pickle,
             )  # fmt: skip
         output.result({**plan, **made}, f"{items:,} items of {teacher} in {out} ({made['seconds']:.0f} s)")
 
@@ -183,10 +193,11 @@ def parse_labels(text: str) -> list[int | str]:
 
 def _synthesize(
     output: Output, plan: dict[str, Any], config: SynthConfig, texts: list[str] | None, classes: list[int | str] | None,
-    ranks: Ranks, *, batch: int, resume: bool, device: str, dtype: str, allow_pickle: bool,
+    ranks: Ranks, *, batch: int, resume: bool, device: str, attn: str, dtype: str, allow_pickle: bool,
 ) -> dict[str, Any]:  # fmt: skip
     import time
 
+    from genkit.attention import use_attention
     from genkit.cli.common import resolve_device
     from genkit.console import progress
     from genkit.distill import synthesize
@@ -199,9 +210,11 @@ def _synthesize(
             plan["teacher"], dtype=dtype, device=own or resolve_device(device), allow_pickle=allow_pickle, quiet=output.quiet
         )
         began = time.perf_counter()
-        data = synthesize(
-            pipe, plan["folder"], config, prompts=texts, labels=classes, count=plan["count"], batch_size=batch, resume=resume,
-            ranks=ranks, progress=lambda items: bar.advance(task, items),
-        )  # fmt: skip
+        with use_attention(pipe, attn):
+            data = synthesize(
+                pipe, plan["folder"], config, prompts=texts, labels=classes, count=plan["count"], batch_size=batch, resume=resume,
+                ranks=ranks, progress=lambda items: bar.advance(task, items),
+            )  # fmt: skip
         seconds = time.perf_counter() - began
-    return {"shapes": [list(shape) for shape in data.shapes], "paired": data.paired, "seconds": seconds}
+    shapes = [list(shape) for shape in data.shapes]
+    return {"shapes": shapes, "paired": data.paired, "seconds": seconds, "attention": pipe.attention}

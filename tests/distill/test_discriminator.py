@@ -121,6 +121,18 @@ def test_quarter_taps(depth, expected):
     assert TeacherTaps(denoiser).names == [f"block.{n}" for n in expected]
 
 
+@pytest.mark.parametrize(("depth", "expected"), [(1, [1]), (2, [1]), (9, [2, 3, 4, 5]), (20, [3, 5, 8, 10]), (28, [4, 7, 11, 14])])
+def test_half_taps(depth, expected):
+    """Four blocks, evenly from the first to the middle one."""
+    denoiser = Denoiser.of(tiny.pipeline("dit", num_layers=depth))
+    assert TeacherTaps(denoiser, "half").names == [f"block.{n}" for n in expected]
+
+
+def test_half_of_a_unet_is_its_encoder(sd):
+    assert [tap.module for tap in TeacherTaps(sd[0], "half").taps][-1] == "mid_block"
+    assert all(tap.module.startswith("down_blocks.") for tap in TeacherTaps(sd[0], "half").taps[:-1])
+
+
 def test_taps_by_name_keep_their_order(sd):
     denoiser, x0, eps, cond = sd
     source = TeacherTaps(denoiser, ["mid", "block.2", "down_blocks.0.resnets.0.conv1", -1])
@@ -141,8 +153,8 @@ def test_tokens_of_no_grid_and_vectors_are_maps_too(sd):
 def test_heads_that_match_no_tap(sd):
     with pytest.raises(ValueError, match=r"UNet2DConditionModel has no tap 'block.99'. Close names: block.9"):
         TeacherTaps(sd[0], ["block.1", "block.99"])
-    with pytest.raises(ValueError, match=r"no tap 'half'"):
-        TeacherTaps(sd[0], "half")
+    with pytest.raises(ValueError, match=r"no tap 'third'"):
+        TeacherTaps(sd[0], "third")
     with pytest.raises(ValueError, match=r"No taps were named"):
         TeacherTaps(sd[0], [])
 
@@ -151,7 +163,7 @@ def test_a_network_without_known_blocks_needs_module_paths(sd):
     from genkit.denoisers.base import with_network
 
     plain = with_network(sd[0], nn.Sequential(nn.Conv2d(4, 8, 1), nn.SiLU()))
-    for taps in ("quarter", "all"):
+    for taps in ("quarter", "half", "all"):
         with pytest.raises(
             ValueError, match=rf"Sequential has no blocks that genkit knows. Give taps as module paths, not '{taps}'"
         ):

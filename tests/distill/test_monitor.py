@@ -16,11 +16,11 @@ from genkit.distill.trainer import DistillTrainer
 from tests.distill.tiny_runs import data_of, denoiser_of, settings, trainer_of
 
 
-def history(accuracies: tuple[float, ...], gap: float = 0.0, rounds: int = WINDOW) -> list[dict[str, float]]:
-    """Figures of rounds with heads of these accuracies, and of this distance of mean logits."""
+def history(accuracies: tuple[float, ...], gap: float = 0.0, rounds: int = WINDOW, pull: float = 0.5) -> list[dict[str, float]]:
+    """Figures of rounds with heads of these accuracies, of this distance of mean logits, and of this pull on the student."""
     figures: dict[str, float] = {}
     for k, accuracy in enumerate(accuracies):
-        figures |= {f"accuracy/{k}": accuracy, f"logit_real/{k}": gap / 2, f"logit_fake/{k}": -gap / 2}
+        figures |= {f"accuracy/{k}": accuracy, f"logit_real/{k}": gap / 2, f"logit_fake/{k}": -gap / 2, f"pull/{k}": pull}
     return [figures] * rounds
 
 
@@ -38,11 +38,28 @@ def test_a_discriminator_that_wins_is_named() -> None:
 
 
 def test_a_dead_discriminator_is_named() -> None:
-    (warning,) = judge_health(history((0.5, 0.501)), ["a", "b"])
-    assert warning.startswith("The discriminator has died: no head tells real from fake any better than chance.")
+    (warning,) = judge_health(history((0.5, 0.501), pull=2e-3), ["a", "b"])
+    assert warning.startswith("The discriminator has died: no head tells real from fake any better than chance, and none reacts")
+    assert "the strongest pull is 0.002" in warning
     assert "Raise --disc-lr" in warning
     # At an accuracy of chance, means of logits that differ still teach.
-    assert judge_health(history((0.5, 0.501), 0.5), ["a", "b"]) == []
+    assert judge_health(history((0.5, 0.501), 0.5, pull=2e-3), ["a", "b"]) == []
+
+
+def test_an_equilibrium_is_no_death() -> None:
+    """Where fakes are as good as reals, heads are right half of the time, and still react to what they see."""
+    assert judge_health(history((0.5, 0.501)), ["a", "b"]) == []
+
+
+def test_heads_that_are_constant_pull_at_nothing(tmp_path):
+    """Heads of an untrained discriminator react, those whose last layer is zero do not; the figures say which is which."""
+    trainer = trainer_of(tmp_path, "sd3", spectral_norm=False, disc_lr=1e-12)
+    alive = trainer._round()
+    for head in trainer.discriminator.heads:
+        torch.nn.init.zeros_(head.conv_out.weight)
+    dead = trainer._round()
+    assert all(alive[f"pull/{k}"] > monitors.LIMP for k in range(2))
+    assert all(dead[f"pull/{k}"] < 1e-6 for k in range(2))
 
 
 def test_nothing_is_said_too_early_or_without_a_discriminator() -> None:
@@ -76,10 +93,10 @@ def test_the_log_has_every_figure(tmp_path):
     trainer.fit()
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3]  # the last round always
-    heads = {f"{name}/{k}" for name in ("accuracy", "logit_real", "logit_fake") for k in range(2)}
+    heads = {f"{name}/{k}" for name in ("accuracy", "logit_real", "logit_fake", "pull") for k in range(2)}
     losses = {"d_loss", "r1", "approximate_r1", "g_loss", "g_adversarial", "g_distillation", "g_reconstruction"}
     others = {"d_gradient", "g_gradient", "x0_std", "lr", "disc_lr", "ema_decay", "samples_per_second", "step"}
-    assert set(lines[0]) == heads | losses | others
+    assert set(lines[0]) == heads | losses | others | {"attention"}  # of the first round, by the first line
     assert all(0 <= line[f"accuracy/{k}"] <= 1 for line in lines for k in range(2))
     assert all(line["samples_per_second"] > 0 for line in lines)
     assert trainer.monitor.summary().startswith("distilling  D ")
@@ -97,11 +114,11 @@ def test_previews_are_the_averaged_students_pictures_under_the_teachers(family, 
     assert first.shape[1] > 3 * 16
     assert first.std() > 5
     before = [p.detach().clone() for p in trainer.student.trained()]
-    average = [p.detach().clone() for p in trainer.ema.shadow_params]
+    average = [p.detach().clone() for p in trainer.average.shadow]
     trainer.monitor.preview()
     with Image.open(file) as picture:
         assert np.array_equal(np.asarray(picture.convert("RGB")), first)
-    for p, b, s, a in zip(trainer.student.trained(), before, trainer.ema.shadow_params, average, strict=True):
+    for p, b, s, a in zip(trainer.student.trained(), before, trainer.average.shadow, average, strict=True):
         assert bool((p == b).all())
         assert bool((s == a).all())
     assert trainer.student.network.training

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from genkit.distill import SynthConfig, synthesize
-from genkit.distill.config import DistillConfig, read_toml
+from genkit.distill.config import DistillConfig, read_toml, recipe_teacher
 from genkit.distill.sources import PixelEncoder
 from genkit.distill.trainer import DistillTrainer
 from genkit.pipelines import GuidedPipeline
@@ -35,8 +35,9 @@ def config_of(recipe: Path, **changes: object) -> DistillConfig:
 def test_it_says_what_it_is(recipe: Path) -> None:
     tables = read_toml(recipe)
     assert set(tables) <= {"about", "synth", "distill"}
-    assert set(tables["about"]) >= {"what", "teacher", "data", "machine", "memory", "time", "status"}
+    assert set(tables["about"]) >= {"what", "data", "machine", "memory", "time", "status"}
     assert tables["about"]["status"] == "not yet run on a GPU"
+    assert recipe_teacher(recipe) == tables["distill"]["teacher"]
     assert recipe.name in (FOLDER / "README.md").read_text(encoding="utf-8")
 
 

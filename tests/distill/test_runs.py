@@ -29,7 +29,7 @@ def state(trainer: DistillTrainer) -> dict[str, Any]:
     """Everything that a run is, flat."""
     found: dict[str, Any] = {f"student.{k}": v for k, v in trainer.student.state_dict().items()}
     found |= {f"heads.{k}": v for k, v in trainer.discriminator.state_dict().items()}
-    found |= {f"ema.{k}": v for k, v in enumerate(trainer.ema.shadow_params)} | {"ema.steps": trainer.ema.optimization_step}
+    found |= {f"ema.{k}": v for k, v in enumerate(trainer.average.shadow)} | {"ema.steps": trainer.average.updates}
     for name, optimizer in (("student", trainer.student_optimizer), ("heads", trainer.heads_optimizer)):
         for i, entry in optimizer.state_dict()["state"].items():
             found |= {f"{name}.{i}.{k}": v for k, v in entry.items()}
@@ -237,7 +237,7 @@ def test_checkpoints_load_as_diffusers_does(done, tmp_path):
     network = type(trainer.student.network)
     student, average = (network.from_pretrained(done / "run" / "checkpoint-4" / name) for name in ("student", "student_ema"))
     assert all(torch.equal(v, trainer.student.network.state_dict()[k]) for k, v in student.state_dict().items())
-    assert all(torch.equal(p, s) for p, s in zip(average.parameters(), trainer.ema.shadow_params, strict=True))
+    assert all(torch.equal(p, s) for p, s in zip(average.parameters(), trainer.average.shadow, strict=True))
     assert TrainedRun(done / "run").checkpoints() == [2, 4]
     adapted = made(tmp_path, lora_rank=2, batch_size=2, lr=0.1)
     adapted.fit()
@@ -246,7 +246,7 @@ def test_checkpoints_load_as_diffusers_does(done, tmp_path):
     draw = adapted.draws(0)
     x, level = adapted.teacher.path.add_noise(draw.x0, draw.eps, draw.u)
     with torch.no_grad():
-        expected, plain = adapted.student(x, level, draw.cond.tensors), adapted.teacher.x0(x, level, draw.cond)
+        expected, plain = adapted.student(x, level, draw.cond.tensors), denoiser_of(FAMILY)(x, level, draw.cond).x0
         assert torch.allclose(Denoiser.of(host)(x, level, draw.cond).x0, expected, atol=1e-4)
     assert not torch.allclose(plain, expected, atol=1e-2)
 

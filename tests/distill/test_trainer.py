@@ -128,8 +128,8 @@ def test_a_discriminator_phase_that_reaches_the_student_is_an_error(tmp_path, mo
     trainer = trainer_of(tmp_path)
     own = trainer.rounds.discriminator_losses
 
-    def leaking(draw, fakes):
-        yield from own(draw, fakes)
+    def leaking(draw, references, fakes, **options):
+        yield from own(draw, references, fakes, **options)
         yield fakes.x0.mean(), {}
 
     monkeypatch.setattr(trainer.rounds, "discriminator_losses", leaking)
@@ -139,12 +139,12 @@ def test_a_discriminator_phase_that_reaches_the_student_is_an_error(tmp_path, mo
     assert same(before, trainer.discriminator)
 
 
-def through_heads(trainer: DistillTrainer) -> Callable[..., tuple[Tensor, Tensor]]:
+def through_heads(trainer: DistillTrainer) -> Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """The student's adversarial loss with one graph through all heads."""
 
-    def loss(draw: Any, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def loss(draw: Any, features: list[Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         value = gan_g(trainer.discriminator.score(features, draw.vector, draw.u_fake), trainer.config.gan)
-        return value.detach(), value
+        return value.detach(), value, {}
 
     return loss
 
@@ -196,8 +196,8 @@ def test_a_fused_round_is_a_separate_one_with_fewer_passes(mismatched, distillat
         made[fused] = (weights(trainer.student), weights(trainer.discriminator))
     real = 8 if mismatched else 4
     more = [4] if distillation else []
-    assert seen[True] == ([4], [4, real, *more])
-    assert seen[False] == ([4, 4], [4, real, 4, *more])
+    assert seen[True] == ([4], [real, 4, *more])
+    assert seen[False] == ([4, 4], [real, 4, 4, *more])
     assert close(made[True][0], made[False][0], 1e-6)
     assert close(made[True][1], made[False][1], 1e-6)
 
@@ -208,6 +208,24 @@ def test_a_fused_round_lets_new_heads_judge_the_same_features(tmp_path):
     one, other = phases(fused), phases(stale)
     assert close(one["heads"], other["heads"], 1e-6)
     assert not close(one["student"], other["student"], 1e-2)
+
+
+def test_r1_comes_lazily_and_as_many_times_larger(tmp_path):
+    """Every third round has three times the penalty, the others none."""
+    lazy = trainer_of(tmp_path / "a", r1=0.1, r1_every=3, disc_lr=1e-12, lr=1e-12)
+    found = [lazy._round()]
+    for lazy.step in (1, 2):
+        found.append(lazy._round())
+    assert ["r1" in figures for figures in found] == [False, False, True]
+    each, none = (
+        trainer_of(tmp_path / name, r1=r1, disc_lr=1e-12, lr=1e-12, spectral_norm=False) for name, r1 in (("b", 0.3), ("c", 0.0))
+    )
+    lazy = trainer_of(tmp_path / "d", r1=0.1, r1_every=3, disc_lr=1e-12, lr=1e-12, spectral_norm=False)
+    for trainer in (each, none, lazy):
+        trainer.step = 2
+    one, other, without = phases(each), phases(lazy), phases(none)
+    assert close(one["heads"], other["heads"], 1e-6)
+    assert not close(one["heads"], without["heads"], 1e-2)
 
 
 @pytest.mark.parametrize("losses", [{}, {"gan": "softplus", "reconstruction": 0.5, "approximate_r1": 1e-3, "distillation": 0.5}])
@@ -312,8 +330,8 @@ def test_the_average_counts_rounds(tmp_path):
         decay = 0.0 if step == 0 else min(0.5, (1 + step) / (10 + step))
         for s, p in zip(shadow, trainer.student.trained(), strict=True):
             s += (1 - decay) * (p.detach() - s)
-    assert trainer.ema.optimization_step == 3
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(shadow, trainer.ema.shadow_params, strict=True))
+    assert trainer.average.updates == 3
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(shadow, trainer.average.shadow, strict=True))
 
 
 def test_pairs_start_from_the_teachers_noise(tmp_path):
@@ -439,7 +457,7 @@ def test_a_phase_that_becomes_nan_is_tried_again_with_other_noise(at, tmp_path):
     assert all(torch.isfinite(p).all() for network in (trainer.student, trainer.discriminator) for p in network.parameters())
     for optimizer in (trainer.student_optimizer, trainer.heads_optimizer):
         assert {int(state["step"]) for state in optimizer.state.values()} == {1}
-    assert trainer.ema.optimization_step == 1
+    assert trainer.average.updates == 1
     # Other noise: the phase that was repeated did not end where an unbroken one does.
     assert same(weights(whole.discriminator), trainer.discriminator) == (at == 2)
     assert not same(weights(whole.student), trainer.student)
@@ -472,7 +490,7 @@ def test_nan_in_the_data_stops_with_names_and_changes_nothing(tmp_path):
     assert same(before[1], trainer.discriminator)
     assert not trainer.student_optimizer.state
     assert not trainer.heads_optimizer.state
-    assert trainer.ema.optimization_step == 0
+    assert trainer.average.updates == 0
     assert [p.name for p in trainer.run.checkpoints()] == ["checkpoint-0"]
 
 

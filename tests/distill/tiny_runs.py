@@ -70,7 +70,7 @@ def settings(**changes: Any) -> DistillConfig:
     """Quick ones, with learning rates at which a few rounds move the weights."""
     quick = {
         "batch_size": 4, "steps": 2, "head_width": 8, "lr": 1e-3, "disc_lr": 1e-3, "checkpoint_every": 0, "preview_every": 0,
-        "log_every": 1,
+        "log_every": 1, "r1_every": 1,
     }  # fmt: skip
     return DistillConfig(**{**quick, **changes})
 

@@ -87,7 +87,7 @@ class TestSample:
             assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
 
     def test_unfused_by_request(self, tiny_folder: Path, tmp_path: Path) -> None:
-        line = ["sample", "a", "--model", tiny_folder, "--steps", 2, "--attn", "math", "--out", tmp_path]
+        line = ["sample", "a", "--model", tiny_folder, "--steps", 2, "--sampler", "ddim", "--attn", "math", "--out", tmp_path]
         result = run(*line)
         assert result.exit_code == 0
         assert "Warning" not in result.stderr

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from genkit import runner
 from genkit.cli.app import app
 from genkit.cli.distill import lora_rank
 from tests.distill.tiny_runs import data_of, denoiser_of
@@ -150,6 +151,29 @@ def test_bad_input(arguments: list[str], message: str, line: list[str], tmp_path
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_a_recipes_teacher_holds_unless_another_is_named(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[distill]\nmethod = "ladd"\nteacher = "{tiny_folder}"\n')
+    line = ["distill", "ladd", "--recipe", recipe, "--data", data, "--out", tmp_path / "run", *QUICK, "--dry-run", "--json"]
+    assert json.loads(genkit(*line).stdout)["config"]["teacher"] == str(tiny_folder)
+    assert "another latent space" in json.loads(genkit(*line, "--teacher", "digits", code=2).stdout)["error"]
+    synth = ["synth", "--recipe", recipe, "--prompt", "a cat", "--out", tmp_path / "data", "--dry-run", "--json"]
+    assert json.loads(genkit(*synth).stdout)["teacher"] == str(tiny_folder)
+    assert json.loads(genkit(*synth, "--teacher", "digits").stdout)["teacher"] == "digits"
+
+
+def test_stored_embeddings_need_no_text_encoder(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, loaded = ["--teacher", tiny_folder], []
+    own = runner.load
+    monkeypatch.setattr(runner, "load", lambda *names, **options: loaded.append(own(*names, **options)) or loaded[-1])
+    for embeds in (True, False):
+        folder = tmp_path / str(embeds)
+        stored = ["--embeds"] if embeds else []
+        genkit("synth", *teacher, "--prompt", "a cat", "--count", 4, "--steps", 1, "--out", folder / "data", *stored)
+        genkit("distill", "ladd", *teacher, "--data", folder / "data", "--out", folder / "run", *QUICK, "--steps", 1)
+        assert (loaded[-1].host.text_encoder is None) == embeds
+
+
 def test_an_unknown_method_and_the_judge(line: list[str]) -> None:
     assert "Unknown method 'lad'. Did you mean 'ladd'?" in genkit("distill", "lad", *line[2:], code=2).stderr
     judged = genkit("distill", "add", *line[2:], "--encoder", "digits-judge", code=2).stderr
@@ -172,7 +196,7 @@ def test_a_family_that_is_not_supported(data: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_have_the_loss_curve_of_one(line: list[str], tmp_path: Path) -> None:
-    more = ["--steps", "4", "--distillation", "0.5", "--reconstruction", "0.5", "--json"]
+    more = ["--steps", "4", "--distillation", "0.5", "--reconstruction", "0.5", "--r1-every", "1", "--json"]
     code, stdout, stderr = two_processes([*line, *more], OMP_NUM_THREADS="1")
     assert code == 0, stderr
     document = json.loads(stdout)
