@@ -51,7 +51,7 @@ def measure(pipe: GuidedPipeline, batch: int, steps: int, rounds: int) -> dict[s
         return pipe("a red seven", seeds=list(range(batch)), **options).images
 
     def first() -> Tensor:
-        pipe._audited.clear()
+        pipe._audited.reports.clear()
         return draw()
 
     def plain() -> Tensor:

@@ -37,7 +37,7 @@ class HostedPipeline:
         self.student: FewStepSpec | None = None if folder is None else FewStepSpec.load(folder)
         self.tokens: list[str] = []
         self.attention: dict[str, Any] | None = None
-        self._audited: Known = {}
+        self._audited = Known()
         self._interrupt = False
 
     @classmethod

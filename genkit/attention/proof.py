@@ -9,9 +9,12 @@ Neither changes a bit of the result.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+
+from torch import nn
 
 from genkit import _host
 from genkit.attention.auditing import COMPILED, Watch
@@ -22,7 +25,13 @@ from genkit.attention.linting import lint
 from genkit.attention.places import modules_of, paths_of
 from genkit.attention.report import AttentionReport, ModuleAttention
 
-Known = dict[Hashable, AttentionReport]
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of models from earlier runs, by their state: reports by kind of step, and the paths of what never fuses."""
+
+    reports: dict[Hashable, AttentionReport] = dataclasses.field(default_factory=dict)
+    never: dict[Hashable, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 class Proof:
@@ -30,7 +39,7 @@ class Proof:
 
     Args:
         models: what runs: pipelines, denoisers, modules.
-        known: reports of earlier runs of the same models by kind of step, which are not made again; it is added to.
+        known: of earlier runs of the same models; what is in it is not found out again. It is added to.
         audits: False guards only; for runs whose account nobody reads.
 
     Attributes:
@@ -50,16 +59,18 @@ class Proof:
     """
 
     def __init__(self, *models: Any, known: Known | None = None, audits: bool = True) -> None:
-        self.models, self.known, self.audits, self.mode = models, {} if known is None else known, audits, AUTO
+        self.models, self.known, self.audits, self.mode = models, known or Known(), audits, AUTO
         self.report, self.log = AttentionReport(), AttentionLog()
         self._steps: set[Hashable] = set()
-        self._never: tuple[str, ...] | None = None
+        self._state: Hashable = None
+        self._compiled: list[nn.Module] = []
         self._open: list[ExitStack] = []
 
     def __enter__(self) -> Proof:
         self.mode = current_mode()
-        if self.mode == STRICT or self._never is None:
-            self._never = check(*self.models)
+        self._state, self._compiled = _survey(*self.models)
+        if self._state not in self.known.never or (self.mode == STRICT and self.known.never[self._state]):
+            self.known.never[self._state] = check(*self.models)
         stack = ExitStack()
         stack.enter_context(guarding(*self.models, raises=self.mode == STRICT, log=self.log))
         _running.append(self)
@@ -82,20 +93,18 @@ class Proof:
             yield
             return
         self._steps.add(kind)
-        key = (_state_of(*self.models), kind)
-        compiled = _compiled(*self.models)
-        if compiled:
+        key, reports = (self._state, kind), self.known.reports
+        if self._compiled:
             # Under an audit they would run without being compiled, which changes bits.
             yield
-            told = {module.path for module in self.report.modules}
-            report = AttentionReport(modules=tuple(module for module in compiled if module.path not in told))
-        elif key in self.known and not fresh and not (self.mode == STRICT and self.known[key].unfused):
+            report = self._unproven()
+        elif key in reports and not fresh and not (self.mode == STRICT and reports[key].unfused):
             yield
-            report = self.known[key]
+            report = reports[key]
         else:
             with Watch(*self.models, on_unfused=refuse if self.mode == STRICT else None) as watch:
                 yield
-            report = self.known[key] = watch.report()
+            report = reports[key] = watch.report()
             self._say(report)
         self.report += report
 
@@ -111,11 +120,16 @@ class Proof:
             "exceptions": dict(self.log.exceptions),
         }
 
+    def _unproven(self) -> AttentionReport:
+        """The compiled modules, each an unproven call, once."""
+        paths, told = paths_of(*self.models), {module.path for module in self.report.modules}
+        compiled = [ModuleAttention(path=paths[id(module)], unproven=1, reason=COMPILED) for module in self._compiled]
+        return AttentionReport(modules=tuple(module for module in compiled if module.path not in told))
+
     def _say(self, report: AttentionReport) -> None:
         """Warn of attention that is written by hand. Of the rest, the guard and the lint have warned."""
-        said = (*self.log.fallbacks, *(self._never or ()))
-        found = [m for m in report.modules if m.unfused and not m.path.startswith(said)] if said else report.modules
-        found = [m for m in found if m.unfused]
+        said = (*self.log.fallbacks, *self.known.never[self._state])
+        found = [m for m in report.modules if m.unfused and not (said and m.path.startswith(said))]
         if found and self.mode not in ("math", STRICT):
             more = f" There are {len(found) - 1} more." if found[1:] else ""
             warn(f"The attention of {found[0].path} is not fused: {found[0].reason}.{more}")
@@ -148,17 +162,15 @@ def proving(proof: Proof) -> Iterator[Proof]:
         yield proof
 
 
-def _compiled(*models: Any) -> tuple[ModuleAttention, ...]:
-    """The compiled modules, each an unproven call."""
-    modules = [m for model in modules_of(*models).values() for m in model.modules()]
-    compiled = [m for m in modules if getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod")]
-    paths = paths_of(*models) if compiled else {}
-    return tuple(ModuleAttention(path=paths[id(module)], unproven=1, reason=COMPILED) for module in compiled)
-
-
-def _state_of(*models: Any) -> Hashable:
-    """What a report depends on besides the step: how attention is computed, and by which classes."""
-    modules = [m for model in modules_of(*models).values() for m in model.modules()]
-    processors = [m.processor for m in modules if getattr(m, "processor", None) is not None]
-    mode = current_mode()
-    return "" if mode in POLICIES else mode, tuple((type(p).__qualname__, _host.attention_backend(p)) for p in processors)
+def _survey(*models: Any) -> tuple[Hashable, list[nn.Module]]:
+    """What a report depends on besides the step (the choice, the classes that compute attention), and the compiled modules."""
+    compiled, state = [], ["" if current_mode() in POLICIES else current_mode()]
+    for model in modules_of(*models).values():
+        state.append(str(getattr(getattr(model, "config", None), "_attn_implementation", None)))
+        for module in model.modules():
+            if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+                compiled.append(module)
+            processor: Any = module.__dict__.get("processor") or module._modules.get("processor")
+            if processor is not None:
+                state += [type(processor).__qualname__, str(_host.attention_backend(processor))]
+    return tuple(state), compiled

@@ -12,8 +12,3 @@ attention = typer.Typer(no_args_is_help=True, help="Check that attention is fuse
 attention.command()(audit)
 attention.command()(bench)
 attention.command()(lock)
-
-
-@attention.callback()
-def _group() -> None:
-    """Keeps this a group of commands when there is only one."""
