@@ -47,7 +47,8 @@ def options(tiny_folder: Path) -> tuple[object, ...]:
 
 def test_json_and_what_the_pipeline_says(folder: Path, options: tuple[object, ...], tiny_folder: Path) -> None:
     document = json.loads(classify(folder, *options, "--json").stdout)
-    assert set(document) == {"results", "failed", "accuracy", "accuracy_interval", "class_balanced_accuracy", "count", "seconds"}
+    figures = {"accuracy", "accuracy_interval", "class_balanced_accuracy", "count", "seconds", "attention"}
+    assert set(document) == {"results", "failed", *figures}
     files = sorted(folder.rglob("*.png"))
     assert [result["image"] for result in document["results"]] == list(map(str, files))
     pipe = DiffusionClassifierPipeline.from_pretrained(tiny_folder)
