@@ -7,10 +7,11 @@
     folded       the same, and the rows of a prompt are folded into the query length: no copies
     folded, prefix shared    the same, and what comes before the first cross-attention is computed once a sample: genkit's default
 
-Every run scores the image from scratch, projections of the prompts included, with every prompt on every pair. All variants are
-timed in turn within each round (CPU time on a CPU, so that other processes do not count); the ratio is the median of the rounds'
-ratios. Operations are counted by torch (matrix products, convolutions, attention); memory is the most that a run allocates beyond
-what is there before. The losses are compared with those of the plain batch.
+Every run scores the image from scratch, projections of the prompts included, with every prompt on every pair. "race" is genkit's
+default policy on several images, whose batches are ragged. All variants are timed in turn within each round (CPU time on a CPU, so
+that other processes do not count); the ratio is the median of the rounds' ratios. Operations are counted by torch (matrix products,
+convolutions, attention); memory is the most that a run allocates beyond what is there before. Losses, and scores of a race, are
+compared with those of the plain batch.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from genkit.data import digits
 from genkit.denoisers import Denoiser
 from genkit.files import write_atomic
 from genkit.pipelines import GuidedPipeline
-from genkit.scoring import PairPlan
+from genkit.scoring import PairPlan, Race, Scorer
 
 BATCH = 128
 
@@ -63,14 +64,36 @@ WITHOUT = {
 }
 
 
-def variants(pipe: Any, prompts: list[str], pairs: int) -> dict[str, Callable[[], Tensor]]:
+Cases = dict[str, Callable[[], Tensor]]
+
+
+def encoded(denoiser: Denoiser, count: int) -> Tensor:
+    """Clean samples of pictures."""
+    side = denoiser.latent_shape(None, None)[-1] * denoiser.factor
+    images = torch.nn.functional.interpolate(digits.draw("test", count, seed=0).images, (side, side))
+    with torch.no_grad():
+        return denoiser.encode(images.to(denoiser.device))
+
+
+def races(pipe: Any, prompts: list[str], pairs: int, images: int) -> Cases:
+    """Functions that return the scores (I, K) of a race on pictures."""
+    denoiser = Denoiser.of(pipe)
+    cond, x0 = denoiser.condition(prompts=prompts), encoded(denoiser, images)
+
+    def run(fold: bool) -> Callable[[], Tensor]:
+        def scores() -> Tensor:
+            verdicts = dict(Scorer(denoiser, PairPlan(count=pairs), batch_size=BATCH, fold=fold).run(x0, cond, Race()))
+            return torch.stack([torch.from_numpy(verdicts[i].scores) for i in range(images)])
+
+        return scores
+
+    return {"plain": run(False), "folded, prefix shared": run(True)}
+
+
+def variants(pipe: Any, prompts: list[str], pairs: int) -> Cases:
     """Functions that return the losses (1, K, N) of a picture."""
     denoiser = Denoiser.of(pipe)
-    cond = denoiser.condition(prompts=prompts)
-    side = denoiser.latent_shape(None, None)[-1] * denoiser.factor
-    images = torch.nn.functional.interpolate(digits.draw("test", 1, seed=0).images, (side, side))
-    with torch.no_grad():
-        x0 = denoiser.encode(images.to(denoiser.device))
+    cond, x0 = denoiser.condition(prompts=prompts), encoded(denoiser, 1)
     plan = PairPlan(count=pairs).pairs(pipe.scheduler, x0.shape[1:])
 
     def run(name: str) -> Callable[[], Tensor]:
@@ -92,9 +115,8 @@ def operations(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def measure(pipe: Any, prompts: list[str], pairs: int, rounds: int) -> dict[str, Any]:
+def measure(cases: Cases, rounds: int) -> dict[str, dict[str, Any]]:
     """Seconds, ratios, operations and bytes of each variant."""
-    cases = variants(pipe, prompts, pairs)
     plain = cases["plain"]()
     rows: dict[str, dict[str, Any]] = {}
     for name, case in cases.items():
@@ -109,7 +131,7 @@ def measure(pipe: Any, prompts: list[str], pairs: int, rounds: int) -> dict[str,
         low, middle, high = statistics.quantiles(ratios, n=4)
         rows[name] |= {"seconds": statistics.median(values), "plain_over_this": middle, "quartiles": [low, high]}
         rows[name]["operations_of_plain"] = rows[name]["operations"] / rows["plain"]["operations"]
-    return {"prompts": len(prompts), "pairs": pairs, "batch": BATCH, "rounds": rounds, "rows": rows}
+    return rows
 
 
 def main() -> None:
@@ -123,16 +145,19 @@ def main() -> None:
     hundred = [digits.caption(digit, *pair) for digit in range(10) for pair in COMBINATIONS]
     small = ("digits", lambda: GuidedPipeline.from_pretrained("digits").host)
     middle = ("Stable Diffusion, 1/5 of the width", middle_sized)
-    cases = [(*small, ten, 64), (*small, hundred, 16), (*middle, ten, 16), (*middle, hundred, 8)]
+    cases = [(*small, ten, 64, 1), (*small, hundred, 16, 1), (*small, ten, 64, 20), (*middle, ten, 16, 1), (*middle, hundred, 8, 1)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     machine = {"device": named, "torch": torch.__version__, "python": platform.python_version()}
     document: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     found = document.setdefault("cases", {})
-    for network, make, prompts, pairs in cases:
-        title = f"{network}: {len(prompts)} prompts"
+    for network, make, prompts, pairs, images in cases:
+        title = f"{network}: {len(prompts)} prompts" + (f", race on {images} images" if images > 1 else "")
         if arguments.only in title:
-            found[title] = {"machine": machine} | measure(make().to(device), prompts, pairs, arguments.rounds)
+            pipe = make().to(device)
+            compared = races(pipe, prompts, pairs, images) if images > 1 else variants(pipe, prompts, pairs)
+            settings = {"prompts": len(prompts), "pairs": pairs, "batch": BATCH, "rounds": arguments.rounds}
+            found[title] = {"machine": machine, **settings, "rows": measure(compared, arguments.rounds)}
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(arguments.out, (json.dumps(document, indent=2) + "\n").encode())
     for title, result in found.items():
