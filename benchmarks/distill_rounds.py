@@ -219,7 +219,9 @@ def variants(pipe: Any, taps: str, batch: int, width: int, folder: Path) -> dict
     drawn = digits.draw("train", ITEMS, seed=0)
     captions, pictures = drawn.captions(), F.interpolate(drawn.images, (side, side)).to(denoiser.device)
     # As `genkit synth --embeds` stores them.
-    data = synthesize(GuidedPipeline.from_pipe(pipe), folder / "data", SynthConfig(steps=1, embeds=True), prompts=captions)
+    data = synthesize(
+        GuidedPipeline.from_pipe(pipe), folder / "data", SynthConfig(steps=1, sampler="ddim", embeds=True), prompts=captions
+    )
     common = CONFIG | {"taps": taps, "batch_size": batch, "head_width": width}
 
     def ours(name: str, **changes: Any) -> OurRound:

@@ -100,27 +100,16 @@ def _merged(old: Mapping[str, Any], measured: Mapping[Entry, Resources], triton_
 
 
 def _table(document: Mapping[str, Any]) -> Any:
-    """For people: what was compiled, and the verdict."""
+    """For people: what was compiled, and the verdict. A tile is rows x keys, warps, stages."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    titles = ("kernel", "arch", "configuration", "rows x keys", "warps", "stages", "registers", "stack", "shared", "tensor", "mma")
-    table = Table(*titles, box=None, pad_edge=False)
+    table = Table("entry", "tile", "regs", "stack", "shared", "mma", box=None, pad_edge=False, padding=(0, 1))
     for name, row in document["compiled"].items():
-        kernel, architecture, configuration = name.split("/", 2)
         block_l, block_s, warps, stages = row["tile"]
-        figures = (
-            f"{block_l} x {block_s}",
-            warps,
-            stages,
-            row["registers"],
-            row["stack"],
-            f"{row['shared']:,}",
-            row["tensor"],
-            row["mma"],
-        )
-        table.add_row(kernel, architecture, configuration, *map(str, figures))
+        shape = f"{block_l}x{block_s}/{warps}/{stages}"
+        table.add_row(name, shape, *(f"{row[key]:,}" for key in ("registers", "stack", "shared")), row["mma"])
     verdict = "all within the limits" if document["ok"] else f"{len(document['problems'])} problems"
     counts = f"{len(document['compiled'])} of {document['lock']['entries']} entries compiled"
     return Group(table, Text(f"{counts}, {verdict}. No GPU has run these kernels."))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from genkit.attention import kernels
-from genkit.attention.kernels import serving, tiles
+from genkit.attention.kernels import ops, serving, tiles
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -71,7 +71,7 @@ def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match="Key 7 is out of range: there are S = 7"):
         kernels.attend_probe(q, k, v, [0, 7])
     with pytest.raises(ValueError, match=r"keys are \(J,\) or \(B, J\) with B = 2, not \(3, 1\)"):
-        torch.ops.genkit.attend_probe(q, k, v, None, torch.zeros(3, 1, dtype=torch.long), 1.0)
+        ops.attend_probe(q, k, v, None, torch.zeros(3, 1, dtype=torch.long), 1.0)
     with pytest.raises(ValueError, match=r"tangent of k must be like k"):
         kernels.attend_jvp(q, k, v, q, q, v)
 
@@ -80,8 +80,8 @@ def test_shapes_are_known_without_running():
     """Fake implementations: what tracing sees, on any device."""
     with torch.device("meta"):
         q, k, v = qkv(dtype=torch.bfloat16)
-        out, lse, entropy, heat = torch.ops.genkit.attend_probe(q, k, v, None, torch.zeros(2, 4, dtype=torch.long), 1.0)
-        primal, tangent, _ = torch.ops.genkit.attend_jvp(q, k, v, q, k, v, None, 1.0)
+        out, lse, entropy, heat = ops.attend_probe(q, k, v, None, torch.zeros(2, 4, dtype=torch.long), 1.0)
+        primal, tangent, _ = ops.attend_jvp(q, k, v, q, k, v, None, 1.0)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert (lse.shape, lse.dtype, entropy.shape) == ((2, 3, 5), torch.float32, (2, 3, 5))
     assert (heat.shape, heat.dtype) == ((2, 5, 4), torch.float32)

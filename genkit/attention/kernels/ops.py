@@ -2,7 +2,8 @@
 
 Operators work under `torch.compile` and `torch.export` (fake implementations), in autograd (first derivatives), and are seen by
 dispatch modes. Their CPU implementation is Triton's interpreter: with TRITON_INTERPRET=1 in the environment they run on the CPU,
-slowly, for tests. No GPU has run them.
+slowly, for tests. `torch.ops.genkit` has them once this file is imported, which calls of `genkit.attention.kernels` do. No GPU
+has run them.
 """
 
 from __future__ import annotations
