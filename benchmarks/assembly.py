@@ -1,0 +1,99 @@
+"""Part assembly from a reference: parts re-posed at random, an independent sample of the true shape as the template.
+
+    python benchmarks/assembly.py FOLDER [--reference cloud|parts|mesh] [--points 8192] [--seed 0] [--out FILE]
+
+FOLDER holds an object in each folder of meshes below it, in assembled pose (IKEA Manuals at Work, or others); without it nothing is
+measured. `cloud` is an area-uniform sample of the union, `parts` as many points of each part, `mesh` the union itself. The parts'
+frames come from a random turn of each mesh and their own smallest boxes, so they hold nothing of the true pose. Accuracies are the
+`strict` protocol's, seconds are CPU seconds on one thread, with loading of the meshes not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from genkit.assembly import PartSet, Search, Surface, evaluate, summarise, template_surface
+from genkit.assembly.metrics import part_distances
+from genkit.data.meshes import read_parts
+from genkit.files import write_atomic
+
+
+def objects(folder: Path) -> list[Path]:
+    """Folders below that hold at least two meshes."""
+    return sorted({file.parent for file in folder.rglob("*.obj") if len(list(file.parent.glob("*.obj"))) > 1})
+
+
+def reference(parts: PartSet, kind: str, points: int, seed: int) -> Surface:
+    """The template, in units of the parts: nothing in it says which point is of which part."""
+    import trimesh
+
+    whole = trimesh.util.concatenate(parts.meshes)
+    if kind == "mesh":
+        return template_surface(whole, parts.unit)
+    meshes = [whole] if kind == "cloud" else list(parts.meshes or ())
+    each = [np.asarray(trimesh.sample.sample_surface(m, points // len(meshes), seed=seed + i)[0]) for i, m in enumerate(meshes)]
+    return template_surface(np.concatenate(each), parts.unit)
+
+
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    parts = read_parts(folder, seed=args.seed)
+    template = reference(parts, args.reference, args.points, args.seed + 1000)
+    began = time.process_time()
+    search = Search(parts, template, seed=args.seed)
+    poses, energy = search.run()
+    seconds = time.process_time() - began
+    row: dict[str, Any] = {"object": "/".join(folder.parts[-2:]), "parts": len(parts), **evaluate(poses, parts)}
+    true = search.exact.energy(search.to_shapes(parts.poses)).item()
+    return {
+        **row,
+        "seconds": round(seconds, 2),
+        "energy": energy[0].item(),
+        "true_energy": true,
+        "wrong": part_distances(poses[0], parts),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--reference", choices=("cloud", "parts", "mesh"), default="cloud")
+    parser.add_argument("--points", type=int, default=8192)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=[], help="Names of objects.")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.folder is None or not args.folder.is_dir():
+        print("There is no folder of objects, so nothing is measured. Give one.")
+        return
+    torch.set_num_threads(1)
+    rows = []
+    for folder in objects(args.folder):
+        if args.only and not any(name in str(folder) for name in args.only):
+            continue
+        row = measure(folder, args)
+        wrong = row.pop("wrong")
+        rows.append(row)
+        print(
+            f"{row['object']:20s} {row['parts']:2.0f} parts  accuracy {row['part_accuracy']:.2f}  "
+            f"best {row['best_part_accuracy']:.2f}  contacts {row['connectivity_accuracy']:.2f}  "
+            f"Chamfer {row['shape_chamfer']:.5f}  {row['seconds']:5.1f} s  "
+            f"energy {1e5 * row['energy']:.1f}, true {1e5 * row['true_energy']:.1f}  {wrong}",
+            flush=True,
+        )
+    seconds = sorted(row["seconds"] for row in rows)
+    summary = {**summarise(rows), "seconds_median": float(np.median(seconds)), "seconds_max": seconds[-1]}
+    print(json.dumps(summary, indent=2))
+    if args.out:
+        settings = {"reference": args.reference, "points": args.points, "seed": args.seed}
+        write_atomic(args.out, json.dumps({"settings": settings, "summary": summary, "rows": rows}, indent=2).encode())
+
+
+if __name__ == "__main__":
+    main()

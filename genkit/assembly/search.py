@@ -1,0 +1,252 @@
+"""Search and select: finds the poses of parts that make a template, from nowhere.
+
+1. Candidates of each shape, from everywhere (`candidates`).
+2. One candidate of each part so that together they make the template (`selection`): many orders, then pairs.
+3. The best choices are settled (`settle`), and each part is put anew where the energy is least while the others stay.
+4. What was found joins the candidates, and steps 2 and 3 are repeated.
+
+Nothing depends on the pose that a part came in, or on the order of the parts: they are put in the order of their content first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from genkit.assembly.candidates import Anchors, propose, residual
+from genkit.assembly.density import DensityGrid
+from genkit.assembly.nearest_grid import NearestGrid, Surface
+from genkit.assembly.parts import PartSet
+from genkit.assembly.rigid import invert, pose_matrix, transform
+from genkit.assembly.selection import Costs, choose, improve_pairs, rank
+from genkit.assembly.settle import Settler
+from genkit.assembly.surfaces import Shape, part_surface, shapes_of
+from genkit.assembly.symmetry import box_rotations
+from genkit.noise import mix
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How to search. Lengths are in units of the longest side of a part.
+
+    Args:
+        candidates: of each shape, with rotations of the cube; there are as many with others.
+        rotations: size of the even grid on SO(3).
+        voxel: of the volume of translations.
+        radius: between two candidates.
+        starts: orders of the parts that a choice begins with.
+        beam: assemblies that go on.
+        rounds: of choosing, settling and putting anew.
+        renewed: of the beam, how many have their parts put anew.
+        tau: distances are cut off here.
+        width: of the density of surface.
+        density_weight: of the energy's third term.
+        coarse, fine: points of the template that choices and that settled assemblies are compared on.
+        resolution: voxels of the template's table along its longest side; a part's has three quarters.
+
+    Raises:
+        ValueError: a value that is not positive.
+    """
+
+    candidates: int = 400
+    rotations: int = 576
+    voxel: float = 0.04
+    radius: float = 0.05
+    starts: int = 24
+    beam: int = 8
+    rounds: int = 3
+    renewed: int = 2
+    tau: float = 0.1
+    width: float = 0.03
+    density_weight: float = 1e-3
+    coarse: int = 768
+    fine: int = 1024
+    last: int = 4096
+    resolution: int = 96
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ValueError(f"{field.name}={getattr(self, field.name)} must be positive.")
+
+
+class _Pool:
+    """The candidates of one shape, and what each has on the template's coarse points; those that are added come first."""
+
+    def __init__(self, shape: Shape, template: NearestGrid, points: Surface, config: SearchConfig) -> None:
+        self.shape, self.template, self.coarse = shape, template, points
+        samples = shape.surface
+        self.grid = NearestGrid(samples, config.tau, config.resolution * 3 // 4)
+        self.rho = DensityGrid(samples.points, torch.full((len(samples),), shape.area / len(samples)), config.width)
+        self.anchors = Anchors(samples.points, shape.symmetry)
+        self.poses = torch.empty(0, 4, 4)
+        self.cover, self.density = torch.empty(0, len(points)), torch.empty(0, len(points))
+        self.residual = torch.empty(0)
+
+    def add(self, poses: Tensor, radius: float | None = None) -> None:
+        """More candidates (K, 4, 4); with a radius, only those that are so far apart from each other."""
+        lies = residual(self.shape.surface, poses, self.template)
+        if radius is not None:
+            kept = self.anchors.apart(poses, lies, len(poses), radius)
+            poses, lies = poses[kept], lies[kept]
+        local = transform(self.coarse.points, invert(poses))
+        cover = self.grid.squared(local, self.coarse.normals @ poses[:, :3, :3])
+        self.poses, self.residual = torch.cat([poses, self.poses]), torch.cat([lies, self.residual])
+        self.cover, self.density = torch.cat([cover, self.cover]), torch.cat([self.rho(local), self.density])
+
+
+class Search:
+    """The search of one object on one template.
+
+    Args:
+        parts: of the object.
+        template: samples of the template, in units of the parts.
+        seed: of the orders that are tried.
+        on_stage: called with the name of a stage that begins and the share of the work that is done.
+
+    Example:
+        >>> poses, energy = Search(parts, template_surface(scan, parts.unit)).run()      # (H, P, 4, 4) and (H,), best first
+    """
+
+    def __init__(
+        self, parts: PartSet, template: Surface, config: SearchConfig | None = None, seed: int = 0,
+        on_stage: Callable[[str, float], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.order = _content_order(parts)
+        self.parts, self.config = parts[self.order], config or SearchConfig()
+        self.tell = on_stage or (lambda name, share: None)
+        self.generator = torch.Generator().manual_seed(mix(seed, 1))
+        self.shapes = shapes_of(self.parts, [part_surface(self.parts, i) for i in range(len(parts))])
+        self.shape_of = [0] * len(parts)
+        for k, shape in enumerate(self.shapes):
+            for i in shape.members:
+                self.shape_of[i] = k
+        self._prepare(template)
+
+    def _prepare(self, template: Surface) -> None:
+        config, total = self.config, float(self.parts.areas.sum())
+        self.template = template
+        self.grid = NearestGrid(template, config.tau, config.resolution)
+        rho = DensityGrid(template.points, template.areas * (total / template.areas.sum()), config.width)(template.points)
+        mixed = torch.randperm(len(template), generator=torch.Generator().manual_seed(mix(len(template), 2)))
+        self.coarse, self.coarse_rho = template[mixed[: config.coarse]], rho[mixed[: config.coarse]]
+        self.pools = [_Pool(shape, self.grid, self.coarse, config) for shape in self.shapes]
+        self.shares = self.parts.areas / total
+        few = [self.shapes[k].surface[torch.arange(128)] for k in self.shape_of]
+        x, normals = torch.stack([s.points for s in few]), torch.stack([s.normals for s in few])
+
+        def settler(count: int) -> Settler:
+            rows = mixed[:count]
+            return Settler(
+                x, normals, self.shares, template[rows], rho[rows], self.grid, [self.pools[k].grid for k in self.shape_of],
+                [self.pools[k].rho for k in self.shape_of], density_weight=config.density_weight,
+            )  # fmt: skip
+
+        self.quick, self.exact = settler(config.fine), settler(config.last)
+
+    def run(self, keep: int = 16) -> tuple[Tensor, Tensor]:
+        """Poses (H, P, 4, 4) of the parts in units, best first, at most `keep`, and their energies (H,)."""
+        config = self.config
+        self._propose()
+        beam = torch.empty(0, len(self.parts), 4, 4)
+        for turn in range(config.rounds):
+            share = 0.4 + 0.55 * turn / config.rounds
+            self.tell("select", share)
+            beam = self._best(torch.cat([beam, self._select()]), config.beam)
+            self.tell("settle", share + 0.25 / config.rounds)
+            beam = self._best(torch.cat([beam, self._renew(beam[: config.renewed])]), 4 * config.beam)
+            if turn < config.rounds - 1:
+                self._learn(beam)
+        self.tell("finish", 0.95)
+        poses, energy = self.exact.settle(beam[:keep], 8)
+        best = energy.argsort(stable=True)
+        self.tell("finish", 1.0)
+        return self._in_frames(poses[best]), energy[best]
+
+    def _propose(self) -> None:
+        config = self.config
+        span = float((self.template.points.amax(0) - self.template.points.amin(0)).max())
+        voxel = max(config.voxel, span / 96)  # so that the volume stays small whatever the object
+        bases = torch.eye(3, dtype=torch.float64)[None]
+        for k, (shape, pool) in enumerate(zip(self.shapes, self.pools, strict=True)):
+            self.tell("propose", 0.4 * k / len(self.shapes))
+            found = propose(
+                shape.surface, shape.symmetry, self.grid, bases=bases, rotations=config.rotations, count=config.candidates,
+                voxel=voxel, radius=config.radius,
+            )  # fmt: skip
+            pool.add(found.poses)
+
+    def _select(self) -> Tensor:
+        config, pools = self.config, self.pools
+        costs = Costs(
+            [p.cover for p in pools], [p.density for p in pools], [p.residual for p in pools], self.shape_of, self.shares,
+            self.coarse_rho, config.tau**2, density_weight=config.density_weight,
+        )  # fmt: skip
+        found = choose(costs, config.starts, self.generator)[: config.beam]
+        better = rank(costs, [improve_pairs(costs, choice) for _, choice in found])
+        chosen = [torch.stack([pools[k].poses[c] for k, c in zip(self.shape_of, choice, strict=True)]) for _, choice in better]
+        return self.quick.settle(torch.stack(chosen), 6)[0]
+
+    def _renew(self, assemblies: Tensor) -> Tensor:
+        """Each part put anew, in a random order, then settled."""
+        found = []
+        for poses in assemblies:
+            for p in torch.randperm(len(self.parts), generator=self.generator).tolist():
+                poses = self.quick.replace(poses, p, self.pools[self.shape_of[p]].poses)
+            found.append(self.quick.settle(poses, 4)[0])
+        return torch.stack(found)
+
+    def _best(self, assemblies: Tensor, count: int) -> Tensor:
+        return assemblies[self.quick.energy(assemblies).argsort(stable=True)[:count]]
+
+    def _learn(self, beam: Tensor) -> None:
+        """What the beam has joins the candidates: of a shape's own parts, and, for exchanges, of shapes with about the same box."""
+        for k, (shape, pool) in enumerate(zip(self.shapes, self.pools, strict=True)):
+            more = [beam[:, i] for i in shape.members]
+            mine = self.parts.extents[shape.members[0]]
+            for other in self.shapes:
+                theirs = self.parts.extents[other.members[0]]
+                if other is not shape and (mine - theirs).abs().max() < 0.15:
+                    turns = box_rotations(mine.double(), 0.03).float()
+                    flips = pose_matrix(turns, torch.zeros(len(turns), 3))
+                    more += [(beam[:3, i, None] @ flips).flatten(0, 1) for i in other.members]
+            pool.add(torch.cat(more), radius=0.01)
+            self.pools[k] = pool
+
+    def _in_frames(self, poses: Tensor) -> Tensor:
+        """From poses of the shapes to poses of the parts' own frames, in the order of the input."""
+        placed = poses.double().clone()
+        for shape in self.shapes:
+            for i, turn in zip(shape.members, shape.turns, strict=True):
+                placed[:, i, :3, :3] = placed[:, i, :3, :3] @ turn
+        back = torch.empty_like(placed)
+        back[:, self.order] = placed
+        return back
+
+    def to_shapes(self, poses: Tensor) -> Tensor:
+        """The inverse of `_in_frames`, of poses (P, 4, 4): what the energies take."""
+        placed = poses[self.order].float().clone()
+        for shape in self.shapes:
+            for i, turn in zip(shape.members, shape.turns, strict=True):
+                placed[i, :3, :3] = placed[i, :3, :3] @ turn.T.float()
+        return placed
+
+
+def _content_order(parts: PartSet) -> list[int]:
+    """An order of the parts that does not depend on the order that they came in."""
+    keys = [
+        (round(-float(a), 6), hashlib.sha256(p.numpy().tobytes()).hexdigest())
+        for a, p in zip(parts.areas, parts.points, strict=True)
+    ]
+    return sorted(range(len(parts)), key=keys.__getitem__)
+
+
+def scale_of(parts: PartSet, template: Surface) -> float:
+    """How many times larger than the parts the template is, by areas; 1 where it is about as large (hidden faces may lack)."""
+    scale = math.sqrt(float(template.areas.sum()) / float(parts.areas.sum()))
+    return 1.0 if 0.75 < scale < 1.3 else scale

@@ -1,0 +1,231 @@
+"""Reads the PartNet part-assembly benchmark (Huang et al. 2020, arXiv 2006.07793) and its fields from `.npz`.
+
+`{Chair,Table,Lamp}.{train,val,test}.npy` hold numbers of shapes; `shape_data/{id}_level{L}.npy` and
+`contact_points/pairs_with_contact_points_{id}_level{L}.npy` are pickles, which could run anything. They are read by an unpickler
+that knows numpy arrays and plain values only, and only if that is allowed; what was read is kept as `.npz`, which is no pickle.
+
+Fields of a shape: `part_pcs` (P, N, 3) in each part's frame, `part_poses` (P, 7) = translation and quaternion (w, x, y, z), or
+(P, 4, 4); `part_ids` (P,), `geo_part_ids` (P,), `sym` (P, 3), `contacts` (P, P, 4) with the point on part i in the frame of i.
+
+Repaired on reading: quaternions of another length than 1; pose matrices that mirror (the points are reflected instead); the order
+of the parts, which tells what they are (shuffled by the shape's content). Where the benchmark itself turned a mirror into a
+rotation by negating it, nothing in its files says so.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genkit.assembly.equivalence import geometry_classes
+from genkit.assembly.parts import MOST_PARTS, SURFACE, PartSet, content_seed
+from genkit.assembly.rigid import matrix_to_quaternion, pose_matrix, quaternion_to_matrix
+from genkit.errors import unknown
+
+CATEGORIES = ("Chair", "Table", "Lamp")
+SPLITS = ("train", "val", "test")
+MOST_BYTES = 64 * 2**20  # of a shape's file
+_PLAIN = {
+    ("builtins", name) for name in ("list", "dict", "tuple", "set", "int", "float", "bool", "complex", "str", "bytes", "slice")
+} | {("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype")}
+_PLAIN |= {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows arrays and plain values, nothing that could act."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _PLAIN:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_pickled_array(file: Path, *, allow_pickle: bool) -> Any:
+    """What a `.npy` file holds: an array, or the object of a pickled one, if that is allowed.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; too large; damaged; a pickle that is not allowed, or holds more than arrays and
+            plain values.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {str(file)!r}.")
+    if file.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{str(file)!r} has more than {MOST_BYTES >> 20} MiB, too much for one shape.")
+    try:
+        with open(file, "rb") as stream:
+            version = np.lib.format.read_magic(stream)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read_header(stream)
+            if not dtype.hasobject:
+                stream.seek(0)
+                return np.load(stream, allow_pickle=False)
+            if not allow_pickle:
+                raise ValueError(
+                    f"{str(file)!r} is a pickle. Pass --allow-pickle to read it, restricted to arrays and plain values."
+                )
+            content = _Unpickler(io.BytesIO(stream.read())).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(f"{str(file)!r} is damaged, or a pickle of more than arrays and plain values: {error}.") from error
+    return content.item() if isinstance(content, np.ndarray) and shape == () else content
+
+
+def read_arrays(path: Path, *, truth: bool = True, allow_pickle: bool = False, **fields: Any) -> PartSet:
+    """Parts of a `.npz` or of a benchmark's `.npy` with the fields above, `part_pcs` at least.
+
+    Args:
+        truth: for clouds without `part_poses`: they are in their assembled pose. With poses, those are the truth.
+        allow_pickle: for `.npy`.
+        **fields: `category`; `seed` of the frames of clouds without poses.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_pickled_array`; fields that are missing or do not fit.
+    """
+    if path.suffix.lower() == ".npz":
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"{str(path)!r} has more than {MOST_BYTES >> 20} MiB, too much for one object.")
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                content = {name: archive[name] for name in archive.files}
+        except (ValueError, OSError, EOFError, KeyError) as error:
+            raise ValueError(f"{str(path)!r} cannot be read as .npz ({error}). Write it again, without objects.") from error
+    else:
+        content = read_pickled_array(path, allow_pickle=allow_pickle)
+    if not isinstance(content, dict) or "part_pcs" not in content:
+        raise ValueError(f"{str(path)!r} holds no parts: there is no `part_pcs` (parts, points, 3) in it.")
+    return from_fields(content, name=str(path), truth=truth, **fields)
+
+
+def from_fields(content: dict[str, Any], *, name: str = "the shape", truth: bool = True, **fields: Any) -> PartSet:
+    """Parts of the benchmark's fields; `read_arrays` has the arguments."""
+    points = np.asarray(content["part_pcs"], dtype=np.float32)
+    if points.ndim != 3 or points.shape[-1] != 3:
+        raise ValueError(f"`part_pcs` of {name} is {points.shape}. It must be (parts, points, 3).")
+    if not 2 <= len(points) <= MOST_PARTS:
+        raise ValueError(f"{name} has {len(points)} parts. An assembly has 2 to {MOST_PARTS}.")
+    if not np.isfinite(points).all():
+        raise ValueError(f"`part_pcs` of {name} has NaN or infinite coordinates.")
+    if content.get("part_poses") is None:
+        names = tuple(map(str, content["names"])) if "names" in content else None
+        return PartSet.from_clouds(list(points), names, truth=truth, **fields)
+    fields.pop("seed", None)
+    cloud, poses = _rectified(torch.from_numpy(points), _poses(np.asarray(content["part_poses"]), name))
+
+    def tensor(key: str, dtype: torch.dtype) -> Tensor | None:
+        return None if content.get(key) is None else torch.from_numpy(np.array(content[key])).to(dtype)
+
+    extents = cloud.amax(1) - cloud.amin(1)
+    ids = tensor("geo_part_ids", torch.long)
+    parts = PartSet(
+        points=cloud, extents=extents, areas=_areas(cloud), names=tuple(map(str, content.get("names", range(len(points))))),
+        frames=torch.eye(4, dtype=torch.float64).repeat(len(points), 1, 1), poses=poses, classes=tensor("part_ids", torch.long),
+        geometry_ids=geometry_classes(extents, tensor("part_ids", torch.long)) if ids is None else ids,
+        mirrors=tensor("sym", torch.bool), contacts=tensor("contacts", torch.float32), **fields,
+    )  # fmt: skip
+    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(content_seed(points, 0, SURFACE)))
+    return parts if "names" in content else parts[order.tolist()]
+
+
+def write_npz(parts: PartSet, file: Path) -> None:
+    """Write parts so that `read_arrays` gives the same, in the same order, to the last bit of the points and to rounding of the
+    poses.
+
+    Raises:
+        OSError: the folder is missing or cannot be written.
+    """
+    from genkit.files import write_atomic
+
+    fields: dict[str, Any] = {"part_pcs": parts.points, "part_poses": parts.poses, "part_ids": parts.classes}
+    fields |= {"geo_part_ids": parts.geometry_ids, "sym": parts.mirrors, "contacts": parts.contacts}
+    arrays = {key: value.numpy() for key, value in fields.items() if value is not None}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, names=np.array(parts.names), **arrays)
+    write_atomic(file, buffer.getvalue())
+
+
+class PartNet(Sequence[PartSet]):
+    """A split of one category; shapes are read when they are asked for, and kept as `.npz` after their first reading."""
+
+    def __init__(self, root: Path, category: str, ids: list[int], level: int, allow_pickle: bool) -> None:
+        self.root, self.category, self.ids, self.level, self.allow_pickle = root, category, ids, level, allow_pickle
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        kept = self.root / "npz" / f"{self.ids[i]}_level{self.level}.npz"
+        if not kept.is_file():
+            parts = self._read(self.ids[i])
+            if not os.access(self.root, os.W_OK):
+                return parts
+            kept.parent.mkdir(exist_ok=True)
+            write_npz(parts, kept)
+        return read_arrays(kept, category=self.category.lower())
+
+    def _read(self, number: int) -> PartSet:
+        content = read_pickled_array(self.root / "shape_data" / f"{number}_level{self.level}.npy", allow_pickle=self.allow_pickle)
+        touching = self.root / "contact_points" / f"pairs_with_contact_points_{number}_level{self.level}.npy"
+        if touching.is_file():
+            content = {**content, "contacts": read_pickled_array(touching, allow_pickle=self.allow_pickle)}
+        return from_fields(content, name=f"shape {number}", category=self.category.lower())
+
+
+def load_partnet(root: str | Path, category: str, split: str, level: int = 3, *, allow_pickle: bool = False) -> PartNet:
+    """A split of the benchmark. The published scripts evaluate `val`; say which one you use.
+
+    Args:
+        root: the folder with `Chair.test.npy`, `shape_data` and `contact_points`.
+        category: Chair, Table or Lamp.
+        split: train, val or test.
+        level: of PartNet's hierarchy, 1 (coarse) to 3 (fine).
+        allow_pickle: read the pickles of shapes that are not kept as `.npz` yet.
+
+    Raises:
+        FileNotFoundError: the folder has no such list.
+        ValueError: an unknown category or split.
+    """
+    category = category.capitalize()
+    if category not in CATEGORIES:
+        raise unknown("category", category, CATEGORIES)
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    ids = read_pickled_array(Path(root) / f"{category}.{split}.npy", allow_pickle=allow_pickle)
+    return PartNet(Path(root), category, [int(i) for i in np.asarray(ids).ravel()], level, allow_pickle)
+
+
+def pose_vectors(poses: Tensor) -> Tensor:
+    """The benchmark's (P, 7) of poses (P, 4, 4): translation, then the quaternion (w, x, y, z)."""
+    return torch.cat([poses[:, :3, 3], matrix_to_quaternion(poses[:, :3, :3])], -1)
+
+
+def _poses(values: np.ndarray, name: str) -> Tensor:
+    poses = torch.from_numpy(values.astype(np.float64))
+    if poses.ndim == 2 and poses.shape[1] == 7:
+        return pose_matrix(quaternion_to_matrix(poses[:, 3:]), poses[:, :3])
+    if poses.ndim == 3 and tuple(poses.shape[1:]) == (4, 4):
+        return poses
+    raise ValueError(f"`part_poses` of {name} is {tuple(values.shape)}. It must be (parts, 7) or (parts, 4, 4).")
+
+
+def _rectified(points: Tensor, poses: Tensor) -> tuple[Tensor, Tensor]:
+    """Points and proper poses that put them at the same places: R x = (-R)(-x)."""
+    mirrored = torch.where(torch.linalg.det(poses[:, :3, :3]) < 0, -1.0, 1.0)
+    poses = poses.clone()
+    poses[:, :3, :3] *= mirrored.to(poses)[:, None, None]
+    return points * mirrored.to(points)[:, None, None], poses
+
+
+def _areas(points: Tensor) -> Tensor:
+    """Areas (P,) of surfaces, from the distances of their samples."""
+    from genkit.assembly.nearest_grid import Surface
+
+    return torch.stack([Surface(cloud).areas.sum() for cloud in points])

@@ -1,0 +1,104 @@
+"""Search and select: parts in any pose find their places on a sample of the whole; nothing depends on their order or input pose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from genkit.assembly import PartSet, Search, SearchConfig, evaluate, random_rotations, template_surface
+from genkit.assembly.surfaces import shapes_of
+
+trimesh = pytest.importorskip("trimesh")
+
+QUICK = SearchConfig(candidates=120, rotations=24, starts=8, beam=4, rounds=1, renewed=1, fine=512, last=1024, resolution=64)
+
+
+def chair() -> list:
+    """Seat, back and four legs, in their places."""
+    places = [((0.5, 0.05, 0.5), (0, 0.45, 0)), ((0.5, 0.5, 0.04), (0, 0.725, -0.23))]
+    places += [((0.05, 0.42, 0.05), (x, 0.215, z)) for x in (-0.2, 0.2) for z in (-0.2, 0.2)]
+    boxes = []
+    for sides, centre in places:
+        box = trimesh.creation.box(sides)
+        box.apply_translation(centre)
+        boxes.append(box)
+    return boxes
+
+
+def reposed(meshes: list, seed: int) -> list:
+    generator = torch.Generator().manual_seed(seed)
+    moved = []
+    for mesh, turn in zip(meshes, random_rotations(len(meshes), generator), strict=True):
+        pose = torch.eye(4, dtype=torch.float64)
+        pose[:3, :3], pose[:3, 3] = turn, 5 * torch.randn(3, generator=generator, dtype=torch.float64)
+        copy = mesh.copy()
+        copy.apply_transform(pose.numpy())
+        moved.append(copy)
+    return moved
+
+
+@pytest.fixture(scope="module")
+def parts() -> PartSet:
+    return PartSet.from_meshes(chair(), truth=True)
+
+
+@pytest.fixture(scope="module")
+def scan(parts: PartSet) -> torch.Tensor:
+    whole = trimesh.util.concatenate(chair())
+    return torch.from_numpy(trimesh.sample.sample_surface(whole, 4096, seed=7)[0])
+
+
+@pytest.fixture(scope="module")
+def found(parts: PartSet, scan: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return Search(parts, template_surface(scan, parts.unit), QUICK).run()
+
+
+def test_a_chair_is_assembled_from_a_scan(parts: PartSet, found: tuple[torch.Tensor, torch.Tensor]) -> None:
+    poses, energy = found
+    measures = evaluate(poses[0], parts)
+    assert measures["part_accuracy"] == 1
+    assert measures["shape_chamfer"] < 1e-3
+    assert measures["connectivity_accuracy"] > 0.9
+    assert (energy.diff() >= 0).all()
+    assert torch.linalg.det(poses[..., :3, :3]) == pytest.approx(1, abs=1e-5)
+
+
+def test_legs_are_one_shape(parts: PartSet) -> None:
+    from genkit.assembly.surfaces import part_surface
+
+    shapes = shapes_of(parts, [part_surface(parts, i) for i in range(len(parts))])
+    assert sorted(len(shape.members) for shape in shapes) == [1, 1, 4]
+
+
+def test_the_order_of_the_parts_changes_nothing(
+    parts: PartSet, scan: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    order = [3, 0, 5, 1, 4, 2]
+    poses, energy = Search(parts[order], template_surface(scan, parts.unit), QUICK).run()
+    assert torch.equal(poses, found[0][:, order])
+    assert torch.equal(energy, found[1])
+
+
+def test_the_pose_that_parts_come_in_tells_nothing(scan: torch.Tensor) -> None:
+    scattered = PartSet.from_meshes(reposed(chair(), seed=3))
+    poses, _ = Search(scattered, template_surface(scan, scattered.unit), QUICK).run()
+    motions = scattered.to_input(poses[0])
+    # The motions put the scattered meshes where the true ones are: box by box, in whatever order the legs.
+    placed = []
+    for mesh, motion in zip(scattered.meshes or (), motions, strict=True):
+        mesh = mesh.copy()
+        mesh.apply_transform(motion.numpy())
+        placed.append(mesh.bounds.ravel())
+    for box in chair():
+        assert min(abs(box.bounds.ravel() - bounds).max() for bounds in placed) < 0.03
+
+
+def test_a_setting_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(ValueError, match="candidates=0"):
+        SearchConfig(candidates=0)
+
+
+@pytest.mark.parametrize(("cloud", "message"), [(torch.zeros(10, 3), "at least 64"), (torch.full((100, 3), float("nan")), "NaN")])
+def test_a_bad_reference_is_refused(cloud: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        template_surface(cloud)
