@@ -7,6 +7,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "guided": ["GuidedPipeline", "GuidedPipelineOutput"],
         "classifier": ["Classification", "DiffusionClassifierOutput", "DiffusionClassifierPipeline"],
-        "layout": ["LayoutToImagePipeline"],
+        "layout": ["LayoutPriorPipeline", "LayoutToImagePipeline"],
     },
 )

@@ -6,6 +6,7 @@ import typer
 
 from genkit.cli.train_classifier_diffusion import classifier_diffusion
 from genkit.cli.train_discriminator import discriminator
+from genkit.cli.train_layout_prior import layout_prior
 from genkit.cli.train_probe import probe
 from genkit.cli.train_token import token
 
@@ -14,3 +15,4 @@ train.command()(discriminator)
 train.command()(token)
 train.command()(probe)
 train.command("classifier-diffusion")(classifier_diffusion)
+train.command("layout-prior")(layout_prior)

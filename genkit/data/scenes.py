@@ -14,14 +14,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from genkit.data import digits
+from genkit.data.coco import CocoImage, write_coco
 from genkit.errors import unknown
+from genkit.images import save_png
+from genkit.layouts.layout import Layout
 
 SIZE = 64
 MAX_OBJECTS = 5
@@ -72,12 +77,44 @@ def draw(split: str, count: int, *, seed: int = 0, kind: str = "mixed") -> Scene
         raise unknown("split", split, SPLITS)
     if kind not in ("mixed", *MAX_IOU):
         raise unknown("kind of scenes", kind, ("mixed", *MAX_IOU))
-    scenes = [_scene(split, seed, i, ("crowded" if i % 5 == 4 else "sparse") if kind == "mixed" else kind) for i in range(count)]
+    scenes = [_scene(split, seed, i, _kind(i, kind)) for i in range(count)]
     return SceneBatch(
         images=torch.stack([scene[0] for scene in scenes]),
         labels=[scene[1] for scene in scenes],
         boxes=[scene[2] for scene in scenes],
     )
+
+
+def layouts(split: str, count: int, *, seed: int = 0, kind: str = "mixed") -> list[Layout]:
+    """What is where in the scenes of `draw`."""
+    found = []
+    for index in range(count):
+        _, labels, boxes = _scene(split, seed, index, _kind(index, kind))
+        found.append(Layout([CLASSES[label] for label in labels.tolist()], boxes.tolist()))
+    return found
+
+
+def coco_images(batch: SceneBatch) -> list[CocoImage]:
+    """Scenes for `genkit.data.coco.annotations`: picture i has the id i and the file name of `write`."""
+    return [
+        CocoImage(i, f"{i:05d}.png", SIZE, SIZE, Layout([CLASSES[label] for label in labels.tolist()], boxes.tolist()))
+        for i, (labels, boxes) in enumerate(zip(batch.labels, batch.boxes, strict=True))
+    ]
+
+
+def write(folder: Path, split: str, count: int, *, seed: int = 0, kind: str = "mixed") -> None:
+    """The scenes of `draw` as PNG files, and `coco.json` with what is where."""
+    batch = draw(split, count, seed=seed, kind=kind)
+    images = coco_images(batch)
+    folder.mkdir(parents=True, exist_ok=True)
+    for image, pixels in zip(images, batch.images, strict=True):
+        save_png(to_pil_image((pixels / 2 + 0.5).clamp(0, 1)), folder / image.file_name)
+    write_coco(folder / "coco.json", images, CLASSES)
+
+
+def _kind(index: int, kind: str) -> str:
+    """Of scene `index` of a batch."""
+    return ("crowded" if index % 5 == 4 else "sparse") if kind == "mixed" else kind
 
 
 def _scene(split: str, seed: int, index: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:

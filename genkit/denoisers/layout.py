@@ -56,6 +56,26 @@ class LayoutDenoiser(Denoiser):
         return self.network(with_coordinates(z), self._time(z, level), encoder_hidden_states=tensors["layout_embeds"]).sample
 
 
+class LayoutPriorDenoiser(Denoiser):
+    """Unconditional, of layouts (B, N, K + 5) themselves; see `genkit.layouts.prior`."""
+
+    family = "layout prior"
+    classes = ("LayoutPriorPipeline",)
+
+    def condition(self, **extra: Any) -> Cond:
+        """There is none."""
+        self._refuse(extra)
+        return Cond({})
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """Slots and numbers of a slot; layouts have no size in pixels."""
+        config = self.network.config
+        return (config.slots, len(config.class_names) + 5)
+
+    def _forward(self, z: Tensor, level: Level, tensors: dict[str, Tensor]) -> Tensor:
+        return self.network(z, self._time(z, level))
+
+
 def with_coordinates(x: Tensor) -> Tensor:
     """A sample (B, C, h, w) with the coordinates of its places behind its channels, -1 to 1 (B, C + 2, h, w)."""
     axes = [torch.linspace(-1, 1, side, device=x.device, dtype=x.dtype) for side in x.shape[-2:]]

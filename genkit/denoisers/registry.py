@@ -24,6 +24,7 @@ _BUILT_IN = {  # pipeline class -> module of this package, adapter
     "PixArtSigmaPipeline": ("pixart", "PixArtDenoiser"),
     "SanaPipeline": ("sana", "SanaDenoiser"),
     "LayoutToImagePipeline": ("layout", "LayoutDenoiser"),
+    "LayoutPriorPipeline": ("layout", "LayoutPriorDenoiser"),
 }
 _registered: dict[str, type[Denoiser]] = {}
 

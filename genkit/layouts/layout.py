@@ -71,6 +71,21 @@ def pack(layouts: Sequence[Layout], class_names: Sequence[str], slots: int) -> T
     return packed
 
 
+def unpack(packed: Tensor, class_names: Sequence[str]) -> list[Layout]:
+    """Layouts of a tensor (B, slots, 5), as `pack` makes it; empty slots are left out."""
+    found = []
+    for row in packed.cpu():
+        present = row[row[:, 0] >= 0]
+        found.append(Layout([class_names[int(label)] for label in present[:, 0].tolist()], present[:, 1:].tolist()))
+    return found
+
+
+def shuffled(layouts: Tensor, generator: torch.Generator) -> Tensor:
+    """Packed layouts (B, N, 5) with the slots of each in random order."""
+    order = torch.rand(layouts.shape[:2], generator=generator).argsort(1)
+    return layouts.gather(1, order[..., None].expand(-1, -1, 5))
+
+
 def _class_number(label: str | int, class_names: Sequence[str]) -> int:
     if isinstance(label, str):
         if label not in class_names:

@@ -19,7 +19,7 @@ from genkit import zoo
 from genkit.data import scenes
 from genkit.denoisers.layout import with_coordinates
 from genkit.layouts import LayoutEncoder
-from genkit.layouts.layout import EMPTY
+from genkit.layouts.layout import EMPTY, shuffled
 from genkit.pipelines.layout import LayoutToImagePipeline
 from genkit.training import TrainConfig, fit
 from genkit.zoo.training.autoencoder import fit_autoencoder, set_scaling_factor
@@ -129,6 +129,4 @@ def thinned(layouts: Tensor, generator: torch.Generator) -> Tensor:
     which = torch.rand(count, generator=generator)
     left_out = torch.rand(count, slots, generator=generator) < 0.5
     drop = (which < NULL_SHARE)[:, None] | ((which < NULL_SHARE + PARTIAL_SHARE)[:, None] & left_out)
-    layouts = torch.where(drop[..., None], layouts.new_tensor([EMPTY, 0, 0, 0, 0]), layouts)
-    order = torch.rand(count, slots, generator=generator).argsort(1)
-    return layouts.gather(1, order[..., None].expand(-1, -1, 5))
+    return shuffled(torch.where(drop[..., None], layouts.new_tensor([EMPTY, 0, 0, 0, 0]), layouts), generator)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from genkit.distill.samplers import NoiseSampler
+from genkit.levels import broadcast
 
 
 class TextToLatent(nn.Module):
@@ -102,25 +103,26 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
 
 
 def velocity_loss(
-    model: nn.Module,
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
     z: Tensor,
     tokens: Tensor,
     generator: torch.Generator,
     device: str,
     times: NoiseSampler | None = None,
+    alphas_cumprod: Tensor | None = None,
 ) -> Tensor:
-    """The loss (a scalar) of clean latents z (B, C, h, w) and tokens (B, L), both on the CPU, at random times and noise.
+    """The loss (a scalar) of clean samples z (B, ...) and tokens (B, L), both on the CPU, at random times and noise.
 
-    Times are uniform, or drawn from a distribution of their fraction of the whole.
+    Times are uniform, or drawn from a distribution of their fraction of the whole; the noise schedule is `scheduler`'s, or another.
     """
-    alphas_cumprod = _alphas_cumprod()
+    alphas_cumprod = _alphas_cumprod() if alphas_cumprod is None else alphas_cumprod
     eps = torch.randn(z.shape, generator=generator)
     # One time in each of B equal strata: the loss varies less from step to step than with independent times.
     u = (torch.arange(len(z)) + torch.rand(len(z), generator=generator)) / len(z)
     if times is not None:
         u = times.draw(len(z), generator)
     t = (u * len(alphas_cumprod)).long().clamp(max=len(alphas_cumprod) - 1)
-    alpha, sigma = alphas_cumprod[t].sqrt().view(-1, 1, 1, 1), (1 - alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+    alpha, sigma = (broadcast(value[t].sqrt(), z) for value in (alphas_cumprod, 1 - alphas_cumprod))
     x = (alpha * z + sigma * eps).to(device)
     return F.mse_loss(model(x, t.to(device), tokens.to(device)).float(), (alpha * eps - sigma * z).to(device))
 
