@@ -49,7 +49,7 @@ def classify(
         option(
             _HOW,
             "race (drops beaten labels by paired tests), rounds (the published rounds), exhaustive, taylor (a gradient makes the "
-            "shortlist), tree (needs --hierarchy).",
+            "shortlist), dive (gradients lead from label to label, those met are raced), tree (needs --hierarchy).",
         ),
     ] = "race",
     budget: Annotated[int | None, option(_HOW, "Network evaluations of an image, at most.", show_default="labels x pairs")] = None,

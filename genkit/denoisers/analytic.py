@@ -221,3 +221,61 @@ class GaussianDenoiser(GaussianMixtureDenoiser):
         if mean.ndim < std.ndim:
             mean = mean.expand_as(std)
         super().__init__(mean[None], std[None] if std.ndim else std, kind=kind)
+
+
+class LinearDenoiser(Denoiser):
+    """The exact denoiser of Gaussian data whose mean is linear in its condition: N(W y, s_d^2 I), y the tokens (S, D) side by side.
+
+    x0 = W y + a s_d^2 / (a^2 s_d^2 + s^2) (x - a W y),  eps = s / (a^2 s_d^2 + s^2) (x - a W y). What a method that searches the
+    condition should find is least squares.
+
+    Args:
+        weight: W (d, S D).
+        std: s_d, positive or zero.
+        kind: what the predictions are: "eps" or "x0".
+
+    It computes in float64 unless it is moved, and is differentiable in sample and condition.
+
+    Raises:
+        ValueError: a weight that is no matrix, a negative std, an unknown kind.
+
+    Example:
+        >>> denoiser = LinearDenoiser(torch.randn(256, 64), 0.3)
+        >>> denoiser(torch.zeros(2, 256), Level(alpha=0.6, sigma=0.8, t=0), denoiser.condition(torch.zeros(2, 1, 64))).x0.shape
+    """
+
+    family = "analytic"
+    classes = ()
+    inputs = ("embeds",)
+
+    def __init__(self, weight: Tensor, std: float, *, kind: str = "eps") -> None:
+        if weight.ndim != 2 or not std >= 0 or kind not in ("eps", "x0"):
+            raise ValueError(f"weight {tuple(weight.shape)} must be (d, S D), std={std} not negative, kind={kind!r} eps or x0.")
+        self.kind, self.codec, self.std = kind, None, std
+        self._network = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.float64).requires_grad_(False)
+        self._network.weight.copy_(weight)
+
+    @property
+    def network(self) -> nn.Linear:
+        return self._network
+
+    @property
+    def device(self) -> torch.device:
+        return self._network.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._network.weight.dtype
+
+    def condition(self, embeds: Tensor) -> Cond:
+        """Tokens (B, S, D) as they are; the null condition is zero."""
+        return Cond({"embeds": embeds}, {"embeds": torch.zeros_like(embeds)})
+
+    def _forward(self, z: Tensor, level: Level, tensors: dict[str, Tensor]) -> Tensor:
+        z, a, s = z.to(self.dtype), broadcast(level.alpha, z), broadcast(level.sigma, z)
+        mean = self._network(tensors["embeds"].flatten(1).to(self.dtype))
+        residual, v = z - a * mean, (a * self.std) ** 2 + s**2
+        return s / v * residual if self.kind == "eps" else mean + a * self.std**2 / v * residual
+
+    def _evaluate(self, x: Tensor, level: Level, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        return self._forward(x, level, tensors).to(torch.promote_types(x.dtype, torch.float32)), None

@@ -254,6 +254,10 @@ class Denoiser(ABC):
     @property
     def device(self) -> torch.device:
         """Where the network runs."""
+        weight = next(self.network.parameters(), None)
+        if weight is not None and (weight.device.type != "cpu" or not torch.accelerator.is_available()):
+            return weight.device
+        # Weights may be offloaded; diffusers asks every module for its hooks, which takes as long as a pass of a small network.
         return getattr(self.pipe, "_execution_device", None) or self.network.device
 
     @property

@@ -18,3 +18,16 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """The network in eval mode and without gradients of its weights, which activations would be kept for; then as it was."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    try:
+        network.requires_grad_(False)
+        with evaluating(network):
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True

@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "race": ["Race"],
         "tree": ["Tree"],
         "taylor": ["Taylor"],
+        "dive": ["Dive"],
         "limits": ["Within", "within"],
         "null": ["AgainstNull"],
         "named": ["POLICIES", "plan_policy"],

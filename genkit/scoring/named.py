@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from genkit.errors import unknown
+from genkit.inversion.leaps import Leaps
+from genkit.scoring.dive import Dive
 from genkit.scoring.limits import within
 from genkit.scoring.plan import PairPlan
 from genkit.scoring.policy import Exhaustive, FixedRounds, Policy
@@ -13,8 +15,8 @@ from genkit.scoring.race import Race
 from genkit.scoring.taylor import Taylor
 from genkit.scoring.tree import Tree
 
-POLICIES = ("race", "rounds", "exhaustive", "taylor", "tree")
-RACING = ("race", "taylor", "tree")  # those that have an alpha
+POLICIES = ("race", "rounds", "exhaustive", "taylor", "dive", "tree")
+RACING = ("race", "taylor", "dive", "tree")  # those that have an alpha
 _KEEP, _FIRST = 5, 10  # of the published CIFAR-10 schedule: after a tenth of the pairs the best 5 classes stay
 
 
@@ -32,7 +34,8 @@ def plan_policy(
 
     Args:
         name: "race" (paired tests), "rounds" (the published two rounds: 5 classes stay after a tenth of the pairs), "exhaustive",
-            "taylor" (a gradient ranks, ten are raced) or "tree" (races down a hierarchy).
+            "taylor" (a gradient ranks, ten are raced), "dive" (gradients lead from class to class, those met are raced) or "tree"
+            (races down a hierarchy).
         plan: "exhaustive" and "rounds" take fewer pairs of it where the budget wants that, so that those stay spread over all
             levels.
         arms: number of classes, groups of a hierarchy included.
@@ -67,6 +70,8 @@ def _named(name: str, pairs: int, alpha: float, children: Mapping[int, tuple[int
         return FixedRounds(to_keep=(_KEEP, 1), n_samples=(max(1, pairs // _FIRST), pairs)) if pairs > 1 else Exhaustive()
     if name == "taylor":
         return Taylor(pairs=min(Taylor.pairs, pairs), inner=race)
+    if name == "dive":
+        return Dive(proposer=Leaps(pairs=min(Leaps.pairs, pairs), first=min(Leaps.first, pairs), finalists=20), inner=race)
     if name == "tree":
         return Tree(children=children, inner=race)
     return race if name == "race" else Exhaustive()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -33,10 +34,30 @@ class SlopeRequest:
     pairs: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class GradientRequest:
+    """Losses of `arms` (n,) on `pairs` (n,), each with its gradient in the arm's embedding: (n, 1 + D), the loss first.
+
+    With `offset` (n, D) at points that lie so far from the arms' embeddings.
+    """
+
+    arms: np.ndarray
+    pairs: np.ndarray
+    offset: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingRequest:
+    """The embeddings of `arms` (n,) are wanted, a `genkit.inversion.Vocabulary`; they cost no evaluation."""
+
+    arms: np.ndarray
+
+
 _SHARED = 10
 
-Search = Generator["Request | SlopeRequest", np.ndarray, "Verdict"]
-Narrowing = Generator["Request | SlopeRequest", np.ndarray, list[int]]
+Wanted = Request | SlopeRequest | GradientRequest | EmbeddingRequest
+Search = Generator[Wanted, Any, "Verdict"]
+Narrowing = Generator[Wanted, Any, list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +109,7 @@ class Board:
         self.costs = np.ones(len(offsets), dtype=int) if costs is None else costs
         self.groups = np.arange(len(offsets)) if groups is None else groups
         self.losses = np.full((len(offsets), len(u)), np.nan)
+        self.gradients: dict[tuple[int, int], np.ndarray] = {}  # by arm and pair
         self.rounds: list[Round] = []
         self.evaluations = 0
         self.dropped: dict[int, float] = {}  # p-value at which a test dropped an arm
@@ -101,6 +123,23 @@ class Board:
             answer = yield Request(grid[:, 0], grid[:, 1])
             self.losses[grid[:, 0], grid[:, 1]] = answer + self.offsets[grid[:, 0]]
             self.evaluations += int(self.costs[grid[:, 0]].sum())
+
+    def differentiate(
+        self, arms: Sequence[int], pairs: Sequence[int] | np.ndarray
+    ) -> Generator[GradientRequest, np.ndarray, np.ndarray]:
+        """Gradients (n, D) of every arm's mean loss over the pairs, in its embedding; the losses are on the board then.
+
+        What is known already is not asked for again.
+        """
+        wanted = [(arm, int(pair)) for arm in dict.fromkeys(arms) for pair in pairs if (arm, int(pair)) not in self.gradients]
+        if wanted:
+            grid = np.array(wanted)
+            answer = yield GradientRequest(grid[:, 0], grid[:, 1])
+            known = self.losses[grid[:, 0], grid[:, 1]]
+            self.losses[grid[:, 0], grid[:, 1]] = np.where(np.isnan(known), answer[:, 0] + self.offsets[grid[:, 0]], known)
+            self.gradients |= dict(zip(wanted, answer[:, 1:], strict=True))
+            self.evaluations += 2 * int(self.costs[grid[:, 0]].sum())
+        return np.stack([np.mean([self.gradients[arm, int(pair)] for pair in pairs], axis=0) for arm in arms])
 
     def means(self, arms: Sequence[int]) -> np.ndarray:
         """Mean loss (n,) of each arm over the pairs that all of `arms` have seen; infinite if there are none."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from genkit.attention.folding import Evaluator
 from genkit.attention.proof import Proof, proving
 from genkit.denoisers.base import Cond, Denoiser
+from genkit.denoisers.embeddings import Embeddings
 from genkit.denoisers.mixing import mixed
 from genkit.levels import Level
 from genkit.scoring.losses import check_metric, row_losses, shared_losses
@@ -147,6 +148,22 @@ class Scorer:
                 values = row_losses(self.denoiser, *self._noised(x0, pairs), condition, self.metric)
                 (gradient,) = torch.autograd.grad(values.sum(), weights)
         return gradient.double().cpu().numpy() * self._pair_weights(pairs)[:, None]
+
+    def gradients(self, x0: Tensor, embeddings: Embeddings, rows: np.ndarray, offset: Tensor, pairs: np.ndarray) -> np.ndarray:
+        """Weighted losses and their gradients (n, 1 + D) in the embeddings of the condition.
+
+        Args:
+            x0: (n, ...).
+            rows, offset, pairs: (n,), (n, D), (n,), the row of each, how far from it, and the pair.
+        """
+        with torch.enable_grad():
+            offset = offset.to(self.denoiser.device).requires_grad_(True)
+            place = torch.from_numpy(rows)
+            with embeddings.displaced(place, offset) as condition, proving(self.proof) as proof, proof.step("gradients"):
+                values = row_losses(self.denoiser, *self._noised(x0, pairs), condition, self.metric)
+                (gradient,) = torch.autograd.grad(values.sum(), offset)
+        found = torch.cat([values.detach()[:, None].cpu(), gradient.double().cpu()], dim=1).numpy()
+        return found * self._pair_weights(pairs)[:, None]
 
     def _noised(self, x0: Tensor, pairs: np.ndarray) -> tuple[Tensor, Level, Tensor]:
         """Samples (n, ...), and level and noise of the pair (n,) of each."""

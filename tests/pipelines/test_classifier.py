@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 
 from genkit.data.pictures import fit_picture
+from genkit.inversion import Descent, Leaps, Stop
 from genkit.pipelines import DiffusionClassifierPipeline, GuidedPipeline
-from genkit.scoring import Exhaustive, FixedRounds, PairPlan, Race, Scorer, fit_temperature, posterior
+from genkit.scoring import Dive, Exhaustive, FixedRounds, PairPlan, Race, Scorer, fit_temperature, posterior
 from tests import tiny
 
 UNCONDITIONAL = ("ddpm", "ddim")
 PLAN = PairPlan(count=4)
+DIVE = Dive(proposer=Leaps(pairs=2, first=2, patience=2), shortlist=2)
+DESCENT = Dive(proposer=Descent(batch=4, stop=Stop(loops=2)), inner=Exhaustive(), shortlist=2)
 FIELDS = ["labels", "scores", "probabilities", "error_bounds", "evaluations", "verdicts"]
 
 
@@ -110,10 +113,12 @@ def test_the_order_of_labels_does_not_matter(pipe, family):
 
 def test_policies(pipe, family):
     whole = run(pipe, family, plan=PairPlan(count=12))
-    for policy in ("race", "rounds", "taylor", Race(floor=4), FixedRounds(to_keep=(2, 1), n_samples=(2, 12)), Exhaustive()):
+    named, rounds = ("race", "rounds", "taylor", "dive"), FixedRounds(to_keep=(2, 1), n_samples=(2, 12))
+    for policy in (*named, DIVE, DESCENT, Race(floor=4), rounds, Exhaustive()):
         out = run(pipe, family, plan=PairPlan(count=12), policy=policy)
         for evaluations, verdict in zip(out.evaluations, out.verdicts, strict=True):
-            assert 3 <= evaluations <= 36
+            # A gradient costs twice a loss.
+            assert 3 <= evaluations <= 36 * (3 if isinstance(policy, Dive) else 1)
             assert verdict.evaluations == evaluations
         if isinstance(policy, Exhaustive):
             assert out.labels == whole.labels
@@ -278,7 +283,7 @@ def test_tree(sd):
     assert budget.evaluations[0] <= 8
 
 
-@pytest.mark.parametrize("policy", ["exhaustive", "rounds", "race", "taylor", Race(floor=4), Exhaustive()])
+@pytest.mark.parametrize("policy", ["exhaustive", "rounds", "race", "taylor", "dive", Race(floor=4), Exhaustive()])
 def test_no_image_costs_more_than_the_budget(sd, policy):
     labels = ["seven", "cat", "three", "paper"]
     for budget in (4, 11, 30):
@@ -335,6 +340,10 @@ def test_callback_and_interrupt(sd):
         ({"policy": "tree", "hierarchy": {"a": ["seven", "cat"], "b": []}}, r"The hierarchy has \[\] under 'b'"),
         ({"budget": 1}, "A budget of 1 evaluations is below one pair for each of 2 classes"),
         ({"policy": Race(), "budget": 1}, "A budget of 1 evaluations is below one"),
+        (
+            {"policy": DIVE, "budget": 5, "labels": ["seven", "cat", "two"]},
+            r"A budget of 5 evaluations is used up .* Give 6 or more",
+        ),
         ({"policy": "taylor", "budget": 1}, "A budget of 1 evaluations is below one"),
         ({"policy": FixedRounds()}, "The last round wants 500 pairs, but the plan has 4"),
         ({"policy": "race", "alpha": 2.0}, "alpha=2.0 is no probability"),

@@ -1,0 +1,17 @@
+"""Discrete inversion: which class, prompt or layout explains a sample, found by descent through a conditional diffusion model."""
+
+from genkit._lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "slots": ["ConditionSlot", "Free", "Slots", "TokenSlots", "Vocabulary"],
+        "projectors": ["Gumbel", "Nearest", "Projector", "Softmax"],
+        "terms": ["Batch", "DiffusionPrior", "Likelihood", "LogPrior", "Term"],
+        "query": ["Answer", "Query", "Search"],
+        "descent": ["Descent", "Optimiser", "Stop"],
+        "leaps": ["Leaps"],
+        "layouts": ["LayoutSlots"],
+        "inverter": ["Checkpoint", "DiscreteInverter", "Inversion"],
+    },
+)
