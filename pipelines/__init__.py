@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "guided": ["GuidedPipeline", "GuidedPipelineOutput"],
         "classifier": ["Classification", "DiffusionClassifierOutput", "DiffusionClassifierPipeline"],
+        "detection": ["Detections", "LayoutInversionOutput", "LayoutInversionPipeline"],
         "layout": ["LayoutPriorPipeline", "LayoutToImagePipeline"],
     },
 )

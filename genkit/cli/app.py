@@ -8,6 +8,7 @@ import typer
 
 from genkit.cli.attention import attention
 from genkit.cli.classify import classify
+from genkit.cli.detect import detect
 from genkit.cli.distill import distill
 from genkit.cli.doctor import doctor
 from genkit.cli.export import export
@@ -49,6 +50,7 @@ def genkit(
 
 app.command()(sample)
 app.command()(classify)
+app.command()(detect)
 app.command()(features)
 app.command()(synth)
 app.add_typer(train, name="train")

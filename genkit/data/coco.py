@@ -77,12 +77,12 @@ def read_coco(file: Path) -> CocoData:
             raise ValueError(f"{file} has the category {name!r} or its id {number} twice. Give each once.")
         categories[name] = number
     names = {number: name for name, number in categories.items()}
-    sizes = {}
+    sizes: dict[int, tuple[str, int, int]] = {}
     for entry in document["images"]:
-        image_id, size = _field(entry, "id", int, file), tuple(_field(entry, side, int, file) for side in ("width", "height"))
-        if image_id in sizes or min(size) < 1:
-            raise ValueError(f"{file} has image {image_id} twice, or without a size ({size[0]} x {size[1]}).")
-        sizes[image_id] = (_field(entry, "file_name", str, file), *size)
+        image_id, width, height = (_field(entry, name, int, file) for name in ("id", "width", "height"))
+        if image_id in sizes or min(width, height) < 1:
+            raise ValueError(f"{file} has image {image_id} twice, or without a size ({width} x {height}).")
+        sizes[image_id] = (_field(entry, "file_name", str, file), width, height)
     objects: dict[int, list[tuple[str, tuple[float, ...]]]] = {image_id: [] for image_id in sizes}
     for entry in document["annotations"]:
         image_id, category = _field(entry, "image_id", int, file), _field(entry, "category_id", int, file)
@@ -98,7 +98,7 @@ def read_coco(file: Path) -> CocoData:
     return CocoData(images, categories, document)
 
 
-def annotations(images: Sequence[CocoImage], class_names: Sequence[str]) -> dict[str, Any]:
+def annotation_document(images: Sequence[CocoImage], class_names: Sequence[str]) -> dict[str, Any]:
     """The document of an annotation file; categories are numbered from 1, as COCO's are."""
     rows = [(image, label, box) for image in images for label, box in zip(image.layout.labels, image.layout.boxes, strict=True)]
     numbers = {name: k + 1 for k, name in enumerate(class_names)}
@@ -125,7 +125,7 @@ def annotations(images: Sequence[CocoImage], class_names: Sequence[str]) -> dict
 
 def write_coco(file: Path, images: Sequence[CocoImage], class_names: Sequence[str]) -> None:
     """Write an annotation file."""
-    write_atomic(file, (json.dumps(annotations(images, class_names)) + "\n").encode())
+    write_atomic(file, (json.dumps(annotation_document(images, class_names)) + "\n").encode())
 
 
 def pixels(box: Sequence[float], width: int, height: int) -> list[float]:

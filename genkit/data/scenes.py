@@ -95,7 +95,7 @@ def layouts(split: str, count: int, *, seed: int = 0, kind: str = "mixed") -> li
 
 
 def coco_images(batch: SceneBatch) -> list[CocoImage]:
-    """Scenes for `genkit.data.coco.annotations`: picture i has the id i and the file name of `write`."""
+    """Scenes for `genkit.data.coco.annotation_document`: picture i has the id i and the file name of `write`."""
     return [
         CocoImage(i, f"{i:05d}.png", SIZE, SIZE, Layout([CLASSES[label] for label in labels.tolist()], boxes.tolist()))
         for i, (labels, boxes) in enumerate(zip(batch.labels, batch.boxes, strict=True))

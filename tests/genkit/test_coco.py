@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from genkit.data import scenes
-from genkit.data.coco import CocoImage, annotations, pixels, read_coco, write_coco
+from genkit.data.coco import CocoImage, annotation_document, pixels, read_coco, write_coco
 from genkit.layouts import Layout
 from genkit.metrics.detection import average_precision
 
@@ -42,11 +42,11 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert data.images[0].layout.labels == ["cat", "dog"]
     torch.testing.assert_close(torch.tensor(data.images[0].layout.boxes), torch.tensor(IMAGES[0].layout.boxes))
     assert data.images[1].layout.labels == []
-    assert annotations(IMAGES, NAMES)["annotations"][1]["bbox"] == [16.0, 16.0, 48.0, 16.0]
+    assert annotation_document(IMAGES, NAMES)["annotations"][1]["bbox"] == [16.0, 16.0, 48.0, 16.0]
 
 
 def test_crowds_and_what_lies_outside_are_left_out(tmp_path: Path) -> None:
-    document = annotations(IMAGES, NAMES)
+    document = annotation_document(IMAGES, NAMES)
     document["annotations"][0]["iscrowd"] = 1
     document["annotations"][1]["bbox"] = [-10, 10, 40, 100]
     document["annotations"].append({"image_id": 7, "category_id": 1, "bbox": [70, 0, 5, 5]})
@@ -74,7 +74,7 @@ def test_crowds_and_what_lies_outside_are_left_out(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_entry_is_named(tmp_path: Path, change: Any, message: str) -> None:
-    document = annotations(IMAGES, NAMES)
+    document = annotation_document(IMAGES, NAMES)
     change(document)
     file = tmp_path / "coco.json"
     file.write_text(json.dumps(document))
@@ -91,7 +91,7 @@ def test_what_is_no_json_is_said(tmp_path: Path, content: bytes) -> None:
 
 
 def test_figures_of_right_shifted_and_missing_boxes() -> None:
-    reference = annotations(IMAGES, NAMES)
+    reference = annotation_document(IMAGES, NAMES)
     assert average_precision(reference, results(IMAGES))["AP"] == pytest.approx(1.0)
     shifted = average_precision(reference, results(IMAGES, 0.05))
     assert shifted["AP50"] == pytest.approx(1.0)
@@ -101,7 +101,7 @@ def test_figures_of_right_shifted_and_missing_boxes() -> None:
     with pytest.raises(ValueError, match="image 3"):
         average_precision(reference, [{"image_id": 3, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1.0}])
     with pytest.raises(ValueError, match="no objects"):
-        average_precision(annotations(IMAGES[1:], NAMES), [])
+        average_precision(annotation_document(IMAGES[1:], NAMES), [])
 
 
 def test_scenes_are_written_with_their_annotations(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""How badly layouts explain one picture: the loss of a layout-to-image model, place by place.
+
+    L(y) = mean_i w_i sum_p || eps_i(p) - eps_theta(x_i, t_i, y)(p) ||^2 - beta log p(y)        x_i = alpha_i x0 + sigma_i eps_i
+
+over the pairs i of a plan, which all layouts share, and the places p of the latents. With weights w = 1/2 |d lambda / d u| the
+first part is -log p(x0 | y) in nats, up to a constant. The map of its places tells where a layout explains the picture, and where
+not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genkit.attention.proof import Proof, proving
+from genkit.denoisers.base import Cond, Denoiser
+from genkit.denoisers.modes import frozen
+from genkit.levels import broadcast
+from genkit.scoring.plan import PairPlan
+
+
+class LayoutLoss:
+    """The loss of layouts of one picture; what was computed is remembered.
+
+    Args:
+        denoiser: of a layout-to-image model.
+        x0: the clean latents (C, h, w) of the picture.
+        plan: the pairs; "elbo" weights make nats.
+        prior: has `nats(layouts)`, as `LayoutPriorPipeline` does; None has no prior.
+        beta: its weight.
+        batch_size: network evaluations at a time.
+
+    Attributes:
+        evaluations: of the network so far; a backward pass counts as one. The prior's, of a small network, are not counted.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, x0: Tensor, plan: PairPlan, *, prior: Any = None, beta: float = 1.0, batch_size: int = 64
+    ) -> None:
+        self.denoiser, self.x0, self.prior, self.beta, self.batch_size = denoiser, x0, prior, beta, batch_size
+        self.pairs = plan.pairs(denoiser.pipe.scheduler, x0.shape)
+        eps = self.pairs.noise(range(len(self.pairs))).to(x0)
+        self.noisy, self.eps = self.pairs.level.diffuse(x0.expand_as(eps), eps), eps
+        # Sums over channels instead of means over all values.
+        self.weight = (self.pairs.weight / x0.numel()).to(x0)
+        self.proof = Proof(denoiser, denoiser.pipe.layout_encoder)
+        self.evaluations = 0
+        self._maps: dict[tuple[bytes, int], Tensor] = {}
+        self._priors: dict[bytes, float] = {}
+
+    @torch.no_grad()
+    def maps(self, layouts: Tensor, count: int | None = None) -> Tensor:
+        """Losses (B, h, w) at each place, on the first `count` pairs, of packed layouts (B, N, 5); without the prior."""
+        count = len(self.pairs) if count is None else count
+        keys = [(row.numpy().tobytes(), count) for row in layouts.cpu().contiguous()]
+        missing = {key: i for i, key in enumerate(keys) if key not in self._maps}
+        if missing:
+            with proving(self.proof) as proof, proof.step("losses"):
+                found = self._evaluate(layouts[list(missing.values())].to(self.x0), count)
+            self._maps |= dict(zip(missing, found, strict=True))
+        return torch.stack([self._maps[key] for key in keys])
+
+    def __call__(self, layouts: Tensor, count: int | None = None) -> Tensor:
+        """L (B,) in float64 of packed layouts (B, N, 5), on the first `count` pairs."""
+        return self.maps(layouts, count).double().sum((1, 2)).cpu() + self.beta * self.prior_nats(layouts)
+
+    def prior_nats(self, layouts: Tensor) -> Tensor:
+        """-log p(y) (B,) in float64; zeros without a prior."""
+        if self.prior is None or not self.beta:
+            return torch.zeros(len(layouts), dtype=torch.float64)
+        keys = [row.numpy().tobytes() for row in layouts.cpu().contiguous()]
+        missing = {key: i for i, key in enumerate(keys) if key not in self._priors}
+        if missing:
+            found = self.prior.nats(layouts[list(missing.values())].cpu())
+            self._priors |= dict(zip(missing, found.tolist(), strict=True))
+        return torch.tensor([self._priors[key] for key in keys], dtype=torch.float64)
+
+    def gradient(self, layouts: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (B,) on some pairs (m,), without the prior, and their gradients (B, N, 4) by the boxes."""
+        boxes = layouts[..., 1:].to(self.x0).detach().requires_grad_()
+        rows = torch.arange(len(layouts)).repeat_interleave(len(pairs))
+        with torch.enable_grad(), frozen(self.denoiser.network), proving(self.proof) as proof, proof.step("gradients"):
+            packed = torch.cat([layouts[..., :1].to(boxes), boxes], dim=-1)
+            losses = self._rows(self._condition(packed)[rows.tolist()], pairs.repeat(len(layouts))).sum((1, 2))
+            losses = losses.view(len(layouts), -1).mean(1)
+            (gradient,) = torch.autograd.grad(losses.sum(), boxes)
+        self.evaluations += len(rows)
+        return losses.detach(), gradient
+
+    def _evaluate(self, layouts: Tensor, count: int) -> Tensor:
+        cond = self._condition(layouts)
+        items = torch.cartesian_prod(torch.arange(len(layouts)), torch.arange(count)).view(-1, 2)
+        parts = [self._rows(cond[part[:, 0].tolist()], part[:, 1]) for part in items.split(self.batch_size)]
+        return torch.cat(parts).view(len(layouts), count, *self.x0.shape[1:]).mean(1)
+
+    def _condition(self, packed: Tensor) -> Cond:
+        """Without the null condition, and with a gradient where `packed` wants one."""
+        return Cond({"layout_embeds": self.denoiser.pipe.layout_encoder(packed)})
+
+    def _rows(self, cond: Cond, pairs: Tensor) -> Tensor:
+        """Weighted losses (B, h, w) of conditions and the pairs (B,) that they are seen on."""
+        self.evaluations += len(pairs)
+        prediction = self.denoiser(self.noisy[pairs], self.pairs.level[pairs], cond)
+        errors = (prediction.eps - self.eps[pairs].to(prediction.eps)).square().sum(1)
+        return errors * broadcast(self.weight[pairs], errors)

@@ -1,0 +1,283 @@
+"""LayoutInversionPipeline: its moves where the errors are known, its scores, what it refuses; `genkit detect` on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner
+
+from genkit.cli.app import app
+from genkit.data.coco import CocoImage, write_coco
+from genkit.inversion.layout_loss import LayoutLoss
+from genkit.inversion.layout_search import LayoutSearch, without_slot
+from genkit.inversion.proposals import new, propose
+from genkit.layouts import Layout, LayoutPrior, pack
+from genkit.layouts.prior import prior_scheduler
+from genkit.pipelines import GuidedPipeline, LayoutInversionPipeline, LayoutPriorPipeline
+from genkit.scoring import PairPlan
+from tests import tiny
+from tests.genkit.test_layouts import NAMES
+from tests.genkit.test_layouts import tiny as layout_model
+
+PLAN = PairPlan(count=6, weighting="elbo", span=(0.1, 0.9))
+SEARCH = LayoutSearch(few=2, some=4, proposals=3, steps=3)
+
+
+def pipeline() -> LayoutInversionPipeline:
+    pipe = LayoutInversionPipeline(layout_model())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def prior(names: list[str], slots: int = 3) -> LayoutPriorPipeline:
+    torch.manual_seed(0)
+    return LayoutPriorPipeline(LayoutPrior(names, slots=slots, width=16, layers=1).eval(), prior_scheduler())
+
+
+class Planted(LayoutLoss):
+    """A loss whose minimum is known: at each place the squared difference to what is drawn, classes at other heights."""
+
+    def __init__(self, truth: Tensor, side: int = 16) -> None:
+        self.side, self.pairs, self.prior, self.beta, self.evaluations = side, range(16), None, 1.0, 0
+        self.target = self._drawn(truth[None])[0]
+
+    def _drawn(self, layouts: Tensor) -> Tensor:
+        """Sums of soft boxes (B, h, w), whose edges have a gradient."""
+        at = (torch.arange(self.side) + 0.5) / self.side
+        label, x0, y0, x1, y1 = (part[..., None] for part in layouts.unbind(-1))
+        inside_x = torch.sigmoid(40 * (at - x0)) * torch.sigmoid(40 * (x1 - at))
+        inside_y = torch.sigmoid(40 * (at - y0)) * torch.sigmoid(40 * (y1 - at))
+        height = torch.where(label >= 0, 3 + label, 0.0)
+        return (height[..., None] * inside_y[..., :, None] * inside_x[..., None, :]).sum(1)
+
+    def maps(self, layouts: Tensor, count: int | None = None) -> Tensor:
+        self.evaluations += len(layouts)
+        return (self._drawn(layouts) - self.target).square()
+
+    def gradient(self, layouts: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        boxes = layouts[..., 1:].detach().requires_grad_()
+        with torch.enable_grad():
+            losses = self.maps(torch.cat([layouts[..., :1], boxes], -1)).sum((1, 2))
+            (gradient,) = torch.autograd.grad(losses.sum(), boxes)
+        return losses.detach(), gradient
+
+
+class TestSearch:
+    def test_it_finds_what_was_planted(self) -> None:
+        truth = pack([Layout([0, 2, 1], [(0.06, 0.1, 0.4, 0.5), (0.55, 0.1, 0.9, 0.4), (0.3, 0.6, 0.7, 0.95)])], NAMES, 4)[0]
+        loss = Planted(truth)
+        found, trace = LayoutSearch(steps=60)(loss, 4, len(NAMES))
+        order, own = truth[:3, 1].argsort(), found[found[:, 0] >= 0]
+        own = own[own[:, 1].argsort()]
+        assert own[:, 0].tolist() == truth[:3][order][:, 0].tolist()
+        torch.testing.assert_close(own[:, 1:], truth[:3][order][:, 1:], atol=0.02, rtol=0)
+        values = loss(torch.stack(trace))
+        assert (values.diff() <= 1e-9).all()  # no step makes it worse
+        assert values[-1] < 0.05 * values[0]
+
+    def test_nothing_is_found_where_nothing_is(self) -> None:
+        loss = Planted(pack([Layout([], [])], NAMES, 2)[0])
+        found, _ = LayoutSearch()(loss, 2, len(NAMES))
+        assert (found[:, 0] == -1).all()
+
+    def test_proposals_are_the_surprising_places(self) -> None:
+        surprise = torch.zeros(16, 16)
+        surprise[2:6, 3:7] = 1.0
+        surprise[10:14, 9:12] = 0.5
+        boxes = propose(surprise)
+        torch.testing.assert_close(boxes[0], torch.tensor([3, 2, 7, 6]) / 16)
+        assert any(torch.equal(box, torch.tensor([9, 10, 12, 14]) / 16) for box in boxes)
+        assert not len(new(boxes, boxes))
+        assert not len(propose(torch.zeros(16, 16)))
+
+    def test_without_a_slot(self) -> None:
+        layout = pack([Layout([0, 1], [(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)])], NAMES, 3)[0]
+        assert without_slot(layout, 0)[:, 0].tolist() == [1, -1, -1]
+
+    @pytest.mark.parametrize("name", ["few", "some", "kept", "proposals", "lr"])
+    def test_wrong_numbers(self, name: str) -> None:
+        with pytest.raises(ValueError, match=f"{name}=0 must be positive"):
+            LayoutSearch(**{name: 0})
+
+
+class TestLoss:
+    def test_maps_add_up_to_the_classifier_s_loss(self) -> None:
+        pipe = pipeline()
+        torch.manual_seed(1)
+        x0 = torch.randn(4, 8, 8)
+        layouts = pack([Layout([0], [(0.1, 0.1, 0.6, 0.5)]), Layout([], [])], NAMES, 3)
+        loss = LayoutLoss(pipe.denoiser, x0, PLAN)
+        cond = pipe.denoiser.condition(layouts=layouts)
+        pairs = PLAN.pairs(pipe.scheduler, x0.shape)
+        expected = (pipe.denoiser.losses(x0[None], pairs, cond)[0] * pairs.weight).mean(1)
+        torch.testing.assert_close(loss(layouts), expected, rtol=1e-4, atol=0)
+        assert loss.evaluations == 12
+        loss(layouts.flip(0))
+        assert loss.evaluations == 12  # remembered
+
+    def test_the_gradient_is_that_of_the_loss(self) -> None:
+        pipe = pipeline()
+        pipe.host.layout_encoder.double(), pipe.host.unet.double()
+        torch.manual_seed(1)
+        layouts = pack([Layout([0], [(0.1, 0.2, 0.6, 0.5)])], NAMES, 3).double()
+        loss = LayoutLoss(pipe.denoiser, torch.randn(4, 8, 8, dtype=torch.float64), PLAN)
+        value, gradient = loss.gradient(layouts, torch.arange(6))
+        torch.testing.assert_close(value, loss(layouts).to(value))
+        for side in range(4):
+            step = torch.zeros_like(layouts)
+            step[0, 0, 1 + side] = 1e-4
+            difference = (loss(layouts + step) - loss(layouts - step)) / 2e-4
+            torch.testing.assert_close(gradient[0, 0, side], difference[0], rtol=1e-3, atol=1e-5)
+
+    def test_the_prior_counts_in_nats(self) -> None:
+        pipe, known = pipeline(), prior(NAMES)
+        layouts = pack([Layout([0], [(0.1, 0.1, 0.6, 0.5)]), Layout([], [])], NAMES, 3)
+        x0 = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+        plain, both = LayoutLoss(pipe.denoiser, x0, PLAN), LayoutLoss(pipe.denoiser, x0, PLAN, prior=known, beta=0.5)
+        torch.testing.assert_close(both(layouts) - plain(layouts), 0.5 * known.nats(layouts), atol=1e-4, rtol=0)
+
+
+class TestPipeline:
+    def test_results_depend_on_neither_order_nor_batch(self) -> None:
+        pipe = pipeline()
+        images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        seen = []
+        there = pipe(images, search=SEARCH, plan=PLAN, callback=lambda _, index, found: seen.append(index)).detections
+        back = pipe(images.flip(0), search=SEARCH, plan=PLAN, batch_size=3, return_dict=False)[0]
+        assert seen == [0, 1]
+        for a, b in zip(there, reversed(back), strict=True):
+            assert a is not None
+            assert b is not None
+            assert a.layout.labels == b.layout.labels
+            torch.testing.assert_close(torch.tensor(a.layout.boxes), torch.tensor(b.layout.boxes), atol=1e-3, rtol=0)
+            assert a.evaluations == b.evaluations
+            assert all(0 <= score <= 1 for score in a.scores)
+            assert a.scores == sorted(a.scores, reverse=True)
+        assert pipe.attention is not None
+        assert pipe.attention["unfused"] == 0 < pipe.attention["fused"]
+
+    def test_interrupted(self) -> None:
+        pipe = pipeline()
+        found = pipe(
+            torch.zeros(2, 3, 16, 16), search=SEARCH, plan=PLAN, callback=lambda pipe, index, found: pipe.interrupt()
+        ).detections
+        assert found[0] is not None
+        assert found[1] is None
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"beta": -1.0}, "beta=-1.0"),
+            ({"beta": float("nan")}, "beta=nan"),
+            ({"temperature": 0.0}, "temperature=0.0"),
+            ({"nms": 0.0}, "nms=0.0"),
+            ({"search": LayoutSearch(some=9)}, "wants 9 pairs, but the plan has 6"),
+            ({"prior": prior(["circle", "square"])}, "The prior knows circle, square"),
+            ({"prior": prior(NAMES, slots=2)}, "The prior has 2 slots, the model 3"),
+            ({"prior": prior(NAMES), "plan": PairPlan(count=16)}, "nats"),
+            ({"images": []}, "no images"),
+            ({"images": ["a.png"]}, "Image 0 is str"),
+            ({"images": torch.zeros(3, 8, 8)}, "has shape"),
+            ({"images": torch.full((3, 16, 16), float("nan"))}, "values from nan"),
+        ],
+    )
+    def test_bad_input(self, changes: dict[str, Any], message: str) -> None:
+        arguments: dict[str, Any] = {"images": torch.zeros(3, 16, 16), "search": SEARCH, "plan": PLAN} | changes
+        with pytest.raises(ValueError, match=message):
+            pipeline()(**arguments)
+
+    def test_other_models_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="has no layout condition"):
+            LayoutInversionPipeline.from_pipe(GuidedPipeline(tiny.pipeline("stable_diffusion")))
+        with pytest.raises(ValueError, match="not continuous"):
+            LayoutInversionPipeline(layout_model("tokens"))
+
+
+class TestCommand:
+    @pytest.fixture(scope="class")
+    def folders(self, tmp_path_factory: pytest.TempPathFactory) -> Any:
+        root = tmp_path_factory.mktemp("detect")
+        layout_model().save_pretrained(root / "model")
+        prior(NAMES).save_pretrained(root / "prior")
+        (root / "images").mkdir()
+        torch.manual_seed(0)
+        for name, size in (("a", (16, 16)), ("b", (64, 32))):
+            Image.fromarray(torch.randint(0, 255, (size[1], size[0], 3), dtype=torch.uint8).numpy()).save(
+                root / "images" / f"{name}.png"
+            )
+        images = [
+            CocoImage(3, "a.png", 16, 16, Layout(["star"], [(0, 0, 0.5, 0.5)])),
+            CocoImage(8, "b.png", 64, 32, Layout([], [])),
+        ]
+        write_coco(root / "coco.json", images, NAMES)
+        return root
+
+    def run(self, *arguments: object, code: int = 0) -> Any:
+        result = CliRunner().invoke(app, ["detect", *map(str, arguments)], prog_name="genkit")
+        assert result.exit_code == code, result.stderr
+        return SimpleNamespace(out=result.stdout, err=" ".join(result.stderr.split()))
+
+    def test_files_and_figures(self, folders: Path, tmp_path: Path) -> None:
+        line = [folders / "images", "--model", folders / "model", "--pairs", 4, "--proposals", 2, "--out", tmp_path, "--json"]
+        document = json.loads(self.run(*line, "--reference", folders / "coco.json").out)
+        assert {"AP", "AP50"} <= set(document)
+        a, b = document["results"]
+        assert set(a) >= {"image", "boxes", "labels", "scores", "evaluations"}
+        for record, (left, right, height) in ((a, (0, 16, 16)), (b, (16, 48, 32))):  # b is cut to its centre
+            assert record["boxes"], "noise is no picture of nothing to this model"
+            for x0, y0, x1, y1 in record["boxes"]:
+                assert left <= x0 < x1 <= right
+                assert 0 <= y0 < y1 <= height
+        rows = json.loads((tmp_path / "coco.json").read_text())
+        assert {row["image_id"] for row in rows} == {3, 8}
+        assert json.loads((tmp_path / "detections.json").read_text())["results"] == document["results"]
+        for name, width in (("a.png", 320), ("b.png", 320)):
+            with Image.open(tmp_path / name) as picture:
+                assert picture.width == width
+        assert "holds results" in self.run(*line, code=2).err
+        again = json.loads(self.run(*line, "--resume").out)
+        assert again["results"] == document["results"]
+        assert "was made with" in self.run(*line, "--resume", "--beta", 2, code=2).err
+        surest = max(a["scores"])
+        fewer = json.loads(self.run(*line, "--resume", "--least", surest).out)["results"][0]
+        assert fewer["scores"] == [surest]
+
+    def test_a_table_for_people_and_a_prior(self, folders: Path) -> None:
+        line = [
+            folders / "images" / "a.png",
+            "--model",
+            folders / "model",
+            "--pairs",
+            4,
+            "--proposals",
+            2,
+            "--prior",
+            folders / "prior",
+        ]
+        assert "1 of 1 images." in self.run(*line).out
+        plan = json.loads(self.run(*line, "--dry-run", "--json").out)
+        assert plan["prior"] == str(folders / "prior")
+        assert plan["count"] == 1
+
+    def test_bad_input(self, folders: Path, tmp_path: Path) -> None:
+        line = [folders / "images", "--model", folders / "model", "--pairs", 4, "--proposals", 2]
+        other = tmp_path / "other.json"
+        write_coco(other, [CocoImage(1, "c.png", 9, 9, Layout(["star"], [(0, 0, 1, 1)]))], NAMES)
+        broken = tmp_path / "broken.png"
+        broken.write_bytes(b"no image")
+        for more, message in (
+            (["--reference", other], "lacks 'a.png'"),
+            (["--reference", broken], "is no "),
+            (["--prior", tmp_path / "none"], "none"),
+            (["--dtype", "float3"], "Unknown dtype"),
+        ):
+            assert message in self.run(*line, *more, code=2).err
+        assert "no layout condition" in self.run(folders / "images", "--model", "digits", "--prior", "none", code=2).err
+        assert "cannot be read" in self.run(*line, broken, code=3).err
