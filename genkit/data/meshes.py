@@ -13,7 +13,7 @@ Nothing is run or fetched: materials and textures are not read, and files and me
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -106,8 +106,11 @@ def read_reference(file: str | Path) -> Any:
                 f"{str(file)!r} holds no cloud of points ({error}). Give an array (K, 3), in .npz as `points`."
             ) from error
         return np.asarray(cloud, dtype=np.float64)
-    mesh = read_mesh(file)
-    return mesh if len(getattr(mesh, "faces", ())) else np.asarray(mesh.vertices)
+    if file.suffix.lower() == ".ply":
+        content = _load(file, force=None)
+        if not hasattr(content, "faces") and hasattr(content, "vertices"):
+            return np.asarray(_checked(content, file).vertices, dtype=np.float64)
+    return read_mesh(file)
 
 
 def _mesh_files(folder: Path) -> list[Path]:
@@ -144,7 +147,7 @@ def _scene(file: Path) -> tuple[list[Any], list[str]]:
     return meshes, names
 
 
-def _load(file: Path, force: str) -> Any:
+def _load(file: Path, force: Literal["mesh", "scene"] | None) -> Any:
     _check_size(file)
     import trimesh
 
