@@ -118,8 +118,8 @@ class DiffusionClassifierPipeline(HostedPipeline):
             prompts: instead of labels, for text: prompt, or several, of each label.
             template: for text: what labels are put into, with `{}` in their place; "a photo of a {}" by default. Several give each
                 label several prompts.
-            policy: "race", "rounds", "exhaustive", "taylor", "dive" or "tree" (see `genkit.scoring.named.plan_policy`), or an object
-                of `genkit.scoring`, whose arms are as in `Classification.verdict`.
+            policy: "race", "rounds", "exhaustive", "taylor", "dive" or "tree" (see `genkit.scoring.named.plan_policy`), or an
+                object of `genkit.scoring`, whose arms are as in `Classification.verdict`.
             budget: network evaluations of one image, at most; those of `pmi` come on top.
             alpha: of policies given by name that race: probability of dropping the class that the whole plan would choose.
             plan: which pairs of noise level and noise are scored; `PairPlan()`, 64 pairs, by default.

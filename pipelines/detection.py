@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from genkit.attention.proof import Proof
 from genkit.denoisers.modes import evaluating
 from genkit.inversion.layout_loss import LayoutLoss
 from genkit.inversion.layout_search import LayoutSearch, without_slot
+from genkit.layouts.grounding import Grounding
 from genkit.layouts.layout import Layout, unpack
 from genkit.pipelines.base import HostedPipeline
 from genkit.pipelines.layout import LayoutPriorPipeline
@@ -65,24 +66,6 @@ class LayoutInversionPipeline(HostedPipeline):
         >>> out.detections[0].layout, out.detections[0].scores
     """
 
-    def __init__(self, host: Any) -> None:
-        super().__init__(host)
-        encoder = getattr(host, "layout_encoder", None)
-        if encoder is None:
-            raise ValueError(
-                f"{self.denoiser.family} has no layout condition. Detect with a layout-to-image model, such as 'scenes'."
-            )
-        if encoder.config.codec != "gligen":
-            raise ValueError(
-                f"The boxes of the codec {encoder.config.codec!r} are not continuous, so they have no gradient. Use a model with "
-                "'gligen', or genkit.inversion.DiscreteInverter."
-            )
-
-    @property
-    def class_names(self) -> list[str]:
-        """What the model can find."""
-        return list(self.host.layout_encoder.config.class_names)
-
     @property
     def picture_size(self) -> tuple[int, int]:
         """Width and height of what the model sees, in pixels."""
@@ -93,6 +76,7 @@ class LayoutInversionPipeline(HostedPipeline):
     def __call__(
         self,
         images: Images,
+        labels: Sequence[str] | None = None,
         prior: LayoutPriorPipeline | None = None,
         beta: float = 1.0,
         search: LayoutSearch | None = None,
@@ -110,7 +94,8 @@ class LayoutInversionPipeline(HostedPipeline):
         Args:
             images: a picture or an iterable of them; PIL images and arrays of uint8 are scaled to cover the model's size and cut to
                 its centre, what comes as floats must have it.
-            prior: of layouts; None has none.
+            labels: classes to find, by default all that the model knows; of an open-vocabulary model (GLIGEN) phrases.
+            prior: of layouts of these classes; None has none.
             beta: weight of the prior's nats.
             search: how layouts are searched.
             plan: which pairs of noise level and noise are scored; `PLAN` by default.
@@ -123,10 +108,12 @@ class LayoutInversionPipeline(HostedPipeline):
             `LayoutInversionOutput`, or a tuple of its values with `return_dict=False`.
 
         Raises:
-            ValueError: images that do not fit, a prior of other classes or fewer slots, numbers out of range.
+            ValueError: a model without a layout condition, a class that it lacks, images that do not fit, a prior of other classes or
+                fewer slots, numbers out of range.
         """
         search, plan = search or LayoutSearch(), plan or PLAN
-        self._check(prior, beta, search, plan, nms, temperature)
+        grounding = self.denoiser.grounding(labels)
+        self._check(grounding, prior, beta, search, plan, nms, temperature)
         self._interrupt = False
         found: list[Detections | None] = []
         total = len(images) if isinstance(images, Sized) and not is_single(images) else math.inf
@@ -137,7 +124,7 @@ class LayoutInversionPipeline(HostedPipeline):
                     found.append(None)
                     continue
                 x0 = self.denoiser.encode(picture[None].to(self.denoiser.device))[0]
-                loss = LayoutLoss(self.denoiser, x0, plan, prior=prior, beta=beta, batch_size=batch_size)
+                loss = LayoutLoss(self.denoiser, grounding, x0, plan, prior=prior, beta=beta, batch_size=batch_size)
                 detections = self._detect(loss, search, nms, temperature)
                 found.append(detections)
                 bar.update()
@@ -151,8 +138,8 @@ class LayoutInversionPipeline(HostedPipeline):
         return output if return_dict else output.to_tuple()
 
     def _detect(self, loss: LayoutLoss, search: LayoutSearch, nms: float, temperature: float) -> Detections:
-        names, slots = self.class_names, self.host.layout_encoder.config.slots
-        layout, trace = search(loss, slots, len(names))
+        names = loss.grounding.class_names
+        layout, trace = search(loss, loss.grounding.slots, len(names))
         scores, gains = _scored(loss, layout, len(names), temperature)
         kept = _suppressed(layout, scores, nms)
         empty = layout.clone()
@@ -168,8 +155,9 @@ class LayoutInversionPipeline(HostedPipeline):
         )
 
     def _check(
-        self, prior: LayoutPriorPipeline | None, beta: float, search: LayoutSearch, plan: PairPlan, nms: float, temperature: float
-    ) -> None:
+        self, grounding: Grounding, prior: LayoutPriorPipeline | None, beta: float, search: LayoutSearch, plan: PairPlan,
+        nms: float, temperature: float,
+    ) -> None:  # fmt: skip
         if not 0 <= beta < math.inf or not 0 < temperature < math.inf or not 0 < nms <= 1:
             raise ValueError(f"beta={beta} must not be negative, temperature={temperature} positive, and nms={nms} from 0 to 1.")
         if max(search.few, search.some) > plan.count:
@@ -180,15 +168,13 @@ class LayoutInversionPipeline(HostedPipeline):
         if plan.weighting != "elbo":
             raise ValueError('The prior is in nats, which these weights do not make. Give PairPlan(weighting="elbo").')
         config = prior.transformer.config
-        if list(config.class_names) != self.class_names:
+        if list(config.class_names) != grounding.class_names:
             raise ValueError(
-                f"The prior knows {', '.join(config.class_names)}, the model {', '.join(self.class_names)}. Train a prior on the "
-                "model's classes, in their order: genkit train layout-prior."
+                f"The prior knows {', '.join(config.class_names)}, the labels are {', '.join(grounding.class_names)}. Train a "
+                "prior on these, in their order: genkit train layout-prior."
             )
-        if config.slots < self.host.layout_encoder.config.slots:
-            raise ValueError(
-                f"The prior has {config.slots} slots, the model {self.host.layout_encoder.config.slots}. Train one with as many."
-            )
+        if config.slots < grounding.slots:
+            raise ValueError(f"The prior has {config.slots} slots, the model {grounding.slots}. Train one with as many.")
 
 
 def _scored(loss: LayoutLoss, layout: Tensor, classes: int, temperature: float) -> tuple[Tensor, Tensor]:

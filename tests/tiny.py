@@ -351,7 +351,7 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-# Pipelines without an adapter, for `attach`
+# Pipelines without an adapter, for `attach`, and GLIGEN, whose condition is text and a layout
 
 
 def _of_stable_diffusion(pipeline_class: Any, config: dict[str, Any], **components: Any) -> Any:
@@ -373,6 +373,16 @@ def _controlnet(config: dict[str, Any]) -> Any:
     for layer in (*network.controlnet_down_blocks, network.controlnet_mid_block):
         torch.nn.init.normal_(layer.weight)  # zero by default, so that an untrained one does nothing
     return _of_stable_diffusion(diffusers.StableDiffusionControlNetPipeline, config, controlnet=network)
+
+
+def _gligen(config: dict[str, Any]) -> Any:
+    components = _stable_diffusion({"attention_type": "gated"} | config).components
+    components.pop("image_encoder", None)
+    pipe = diffusers.StableDiffusionGLIGENPipeline(**components, requires_safety_checker=False)
+    for name, weight in pipe.unet.named_parameters():
+        if name.endswith(("alpha_attn", "alpha_dense")):
+            torch.nn.init.constant_(weight, 0.5)  # zero by default, so that an untrained fuser does nothing
+    return pipe
 
 
 def _inpaint(config: dict[str, Any]) -> Any:
@@ -430,6 +440,7 @@ def _animatediff(config: dict[str, Any]) -> Any:
 
 STOCK: dict[str, Callable[[dict[str, Any]], Any]] = {
     "controlnet": _controlnet,
+    "gligen": _gligen,
     "inpaint": _inpaint,
     "inpaint_concat": _inpaint_concat,
     "img2img": _img2img,

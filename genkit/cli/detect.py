@@ -17,10 +17,13 @@ def detect(
     model: Annotated[
         str, option(_WHAT, "A layout-to-image model: embedded (`genkit zoo list`), a folder, or a Hub repository.")
     ] = "scenes",
+    labels: Annotated[
+        str | None, option(_WHAT, "Classes to find, as in seven,two; of GLIGEN any phrases.", show_default="all the model knows")
+    ] = None,
     prior: Annotated[
         str | None,
         option(_HOW, "Prior of layouts: embedded, or a folder of `genkit train layout-prior`; none for none.",
-               show_default="scenes-prior for scenes, else none"),
+               show_default="scenes-prior for all of scenes, else none"),
     ] = None,
     beta: Annotated[float, option(_HOW, "Weight of the prior's nats.", min=0)] = 1.0,
     pairs: Annotated[int, option(_HOW, "Pairs of noise level and noise that decide.", min=4)] = 32,
@@ -75,12 +78,17 @@ def detect(
         if not ranks.leads:
             output.mute()
         check_model(model, allow_pickle)
-        chosen = ("scenes-prior" if model == "scenes" else None) if prior is None else (None if prior == "none" else prior)
+        chosen = (
+            ("scenes-prior" if model == "scenes" and labels is None else None)
+            if prior is None
+            else (None if prior == "none" else prior)
+        )
         if chosen is not None:
             check_model(chosen, allow_pickle)
         files = find_pictures(images)
         settings: dict[str, Any] = {
-            "model": model, "dtype": dtype, "prior": chosen, "beta": beta, "nms": nms, "proposals": proposals,
+            "model": model, "dtype": dtype, "labels": _labels(labels), "prior": chosen, "beta": beta, "nms": nms,
+            "proposals": proposals,
             "plan": {"count": pairs, "weighting": "elbo", "seed": seed},
         }  # fmt: skip
         if dry_run:
@@ -90,3 +98,12 @@ def detect(
         Job(files, settings, reference, out, least, ranks, output).run(
             device=device, resume=resume, attn=attn, batch_size=batch, allow_pickle=allow_pickle
         )
+
+
+def _labels(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    labels = [part.strip() for part in text.split(",") if part.strip()]
+    if not labels or len(set(labels)) < len(labels):
+        raise ValueError(f"--labels {text!r} names nothing, or something twice. Give labels as in seven,two.")
+    return labels

@@ -65,6 +65,7 @@ class Job(ImageJob):
                 settings["model"], dtype=settings["dtype"], device=where, allow_pickle=how["allow_pickle"], quiet=self.output.quiet
             )
             pipe = LayoutInversionPipeline.from_pipe(host)
+            classes = pipe.denoiser.grounding(settings["labels"]).class_names
             name = settings["prior"]
             prior = None
             if name is not None:
@@ -72,12 +73,13 @@ class Job(ImageJob):
             bar.update(task, description="detecting")
 
             def keep(pipe: LayoutInversionPipeline, index: int, found: Detections) -> None:
-                self.keep(read[index], _record(read[index], found, pipe))
+                self.keep(read[index], _record(read[index], found, pipe, classes))
                 bar.advance(task)
 
             with use_attention(pipe, how["attn"]):
                 pipe(
-                    itertools.chain([first], pictures), prior=prior, beta=settings["beta"], nms=settings["nms"],
+                    itertools.chain([first], pictures), labels=settings["labels"], prior=prior, beta=settings["beta"],
+                    nms=settings["nms"],
                     search=LayoutSearch(proposals=settings["proposals"], few=min(6, pairs), some=min(16, pairs)),
                     plan=PairPlan(**settings["plan"], span=PLAN.span), batch_size=how["batch_size"], callback=keep,
                 )  # fmt: skip
@@ -174,11 +176,11 @@ class Job(ImageJob):
             save_png(to_pil_image(drawn), folder / name)
 
 
-def _record(file: Path, found: Detections, pipe: LayoutInversionPipeline) -> Record:
+def _record(file: Path, found: Detections, pipe: LayoutInversionPipeline, classes: list[str]) -> Record:
     width, height = picture_size(file)[::-1]
     return {
         "size": [width, height],
-        "classes": pipe.class_names,
+        "classes": classes,
         "labels": list(found.layout.labels),
         "boxes": [_in_file(box, width, height, pipe.picture_size) for box in found.layout.boxes],
         "scores": [round(score, 6) for score in found.scores],

@@ -137,20 +137,16 @@ def train(
 
 
 def _train(name: str, folder: Path, **arguments: Any) -> None:
-    from genkit.zoo.training import autoencoder, classifier, digits, discriminator, noisy_classifier, turbo
+    from importlib import import_module
 
-    if name == "digits-turbo":
-        turbo.train(folder, **arguments)
-    elif name == "digits-noisy-classifier":
-        noisy_classifier.train(folder, **arguments)
-    elif name == "digits-discriminator":
-        discriminator.train(folder, **arguments)
-    elif name == "autoencoder":
-        autoencoder.train(folder, **arguments)
-    elif name == "digits":
-        digits.train(folder, **arguments)
+    scripts = {
+        "autoencoder": "autoencoder", "digits": "digits", "digits-turbo": "turbo", "digits-noisy-classifier": "noisy_classifier",
+        "digits-discriminator": "discriminator", "scenes": "scenes", "scenes-prior": "layout_prior",
+    }  # fmt: skip
+    if name in scripts:
+        import_module(f"genkit.zoo.training.{scripts[name]}").train(folder, **arguments)
     else:
-        classifier.train(name, folder, **arguments)
+        import_module("genkit.zoo.training.classifier").train(name, folder, **arguments)
 
 
 def _entry(name: str) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from genkit.levels import Level, broadcast, kind_of
 from genkit.prediction import Prediction
 
 if TYPE_CHECKING:
+    from genkit.layouts.grounding import Grounding
     from genkit.scoring import Pairs
 
 
@@ -243,6 +244,14 @@ class Denoiser(ABC):
     def _size_multiple(self) -> int:
         """Latent sizes must be a multiple of this."""
         return getattr(self.network.config, "patch_size", None) or 1
+
+    def grounding(self, class_names: Sequence[str] | None = None) -> Grounding:
+        """How the model is told of layouts of some classes, by default all that it knows.
+
+        Raises:
+            ValueError: the family has no layout condition, or does not know a class.
+        """
+        raise ValueError(f"{self.family} has no layout condition. Use a layout-to-image model, such as 'scenes'.")
 
     # What everyone uses
 

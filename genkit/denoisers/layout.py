@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from genkit.denoisers.base import Cond, Denoiser
+from genkit.errors import unknown
+from genkit.layouts.grounding import Grounding
 from genkit.layouts.layout import Layout, pack
 from genkit.levels import Level
 
@@ -45,6 +47,29 @@ class LayoutDenoiser(Denoiser):
         with torch.no_grad():
             null = encoder.null(len(layout_embeds))
         return Cond({"layout_embeds": layout_embeds}, {"layout_embeds": null})
+
+    def grounding(self, class_names: Sequence[str] | None = None) -> Grounding:
+        """Layouts of some of the model's classes."""
+        encoder = self.pipe.layout_encoder
+        if encoder.config.codec != "gligen":
+            raise ValueError(
+                f"The boxes of the codec {encoder.config.codec!r} are not continuous, so they have no gradient. Use a model with "
+                "'gligen', or genkit.inversion.DiscreteInverter."
+            )
+        known = list(encoder.config.class_names)
+        names = known if class_names is None else list(class_names)
+        for name in names:
+            if name not in known:
+                raise unknown("class", name, known)
+        numbers = torch.tensor([known.index(name) for name in names])
+
+        def condition(packed: Tensor) -> Cond:
+            label = packed[..., 0]
+            own = numbers.to(packed)[label.long().clamp(min=0)]
+            packed = torch.cat([torch.where(label >= 0, own, label)[..., None], packed[..., 1:]], dim=-1)
+            return Cond({"layout_embeds": encoder(packed)})
+
+        return Grounding(names, encoder.config.slots, condition)
 
     def _channels(self) -> int:
         return self.pipe.vae.config.latent_channels

@@ -23,6 +23,7 @@ _BUILT_IN = {  # pipeline class -> module of this package, adapter
     "PixArtAlphaPipeline": ("pixart", "PixArtDenoiser"),
     "PixArtSigmaPipeline": ("pixart", "PixArtDenoiser"),
     "SanaPipeline": ("sana", "SanaDenoiser"),
+    "StableDiffusionGLIGENPipeline": ("gligen", "GligenDenoiser"),
     "LayoutToImagePipeline": ("layout", "LayoutDenoiser"),
     "LayoutPriorPipeline": ("layout", "LayoutPriorDenoiser"),
 }

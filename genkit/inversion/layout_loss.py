@@ -17,6 +17,7 @@ from torch import Tensor
 from genkit.attention.proof import Proof, proving
 from genkit.denoisers.base import Cond, Denoiser
 from genkit.denoisers.modes import frozen
+from genkit.layouts.grounding import Grounding
 from genkit.levels import broadcast
 from genkit.scoring.plan import PairPlan
 
@@ -25,7 +26,8 @@ class LayoutLoss:
     """The loss of layouts of one picture; what was computed is remembered.
 
     Args:
-        denoiser: of a layout-to-image model.
+        denoiser: of a layout-conditioned model.
+        grounding: how it is told of layouts, `denoiser.grounding(class_names)`.
         x0: the clean latents (C, h, w) of the picture.
         plan: the pairs; "elbo" weights make nats.
         prior: has `nats(layouts)`, as `LayoutPriorPipeline` does; None has no prior.
@@ -37,15 +39,17 @@ class LayoutLoss:
     """
 
     def __init__(
-        self, denoiser: Denoiser, x0: Tensor, plan: PairPlan, *, prior: Any = None, beta: float = 1.0, batch_size: int = 64
-    ) -> None:
-        self.denoiser, self.x0, self.prior, self.beta, self.batch_size = denoiser, x0, prior, beta, batch_size
+        self, denoiser: Denoiser, grounding: Grounding, x0: Tensor, plan: PairPlan, *, prior: Any = None, beta: float = 1.0,
+        batch_size: int = 64,
+    ) -> None:  # fmt: skip
+        self.denoiser, self.grounding, self.x0 = denoiser, grounding, x0
+        self.prior, self.beta, self.batch_size = prior, beta, batch_size
         self.pairs = plan.pairs(denoiser.pipe.scheduler, x0.shape)
         eps = self.pairs.noise(range(len(self.pairs))).to(x0)
         self.noisy, self.eps = self.pairs.level.diffuse(x0.expand_as(eps), eps), eps
         # Sums over channels instead of means over all values.
         self.weight = (self.pairs.weight / x0.numel()).to(x0)
-        self.proof = Proof(denoiser, denoiser.pipe.layout_encoder)
+        self.proof = Proof(denoiser)
         self.evaluations = 0
         self._maps: dict[tuple[bytes, int], Tensor] = {}
         self._priors: dict[bytes, float] = {}
@@ -83,21 +87,17 @@ class LayoutLoss:
         rows = torch.arange(len(layouts)).repeat_interleave(len(pairs))
         with torch.enable_grad(), frozen(self.denoiser.network), proving(self.proof) as proof, proof.step("gradients"):
             packed = torch.cat([layouts[..., :1].to(boxes), boxes], dim=-1)
-            losses = self._rows(self._condition(packed)[rows.tolist()], pairs.repeat(len(layouts))).sum((1, 2))
+            losses = self._rows(self.grounding.condition(packed)[rows.tolist()], pairs.repeat(len(layouts))).sum((1, 2))
             losses = losses.view(len(layouts), -1).mean(1)
             (gradient,) = torch.autograd.grad(losses.sum(), boxes)
         self.evaluations += len(rows)
         return losses.detach(), gradient
 
     def _evaluate(self, layouts: Tensor, count: int) -> Tensor:
-        cond = self._condition(layouts)
+        cond = self.grounding.condition(layouts)
         items = torch.cartesian_prod(torch.arange(len(layouts)), torch.arange(count)).view(-1, 2)
         parts = [self._rows(cond[part[:, 0].tolist()], part[:, 1]) for part in items.split(self.batch_size)]
         return torch.cat(parts).view(len(layouts), count, *self.x0.shape[1:]).mean(1)
-
-    def _condition(self, packed: Tensor) -> Cond:
-        """Without the null condition, and with a gradient where `packed` wants one."""
-        return Cond({"layout_embeds": self.denoiser.pipe.layout_encoder(packed)})
 
     def _rows(self, cond: Cond, pairs: Tensor) -> Tensor:
         """Weighted losses (B, h, w) of conditions and the pairs (B,) that they are seen on."""

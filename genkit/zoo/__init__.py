@@ -21,6 +21,8 @@ TRAINABLE = {
     "digits-noisy-classifier": "classifier of noisy latents of `digits`: digit, ink and paper at every noise level",
     "digits-discriminator": "tells noisy real latents from those of samples of `digits`; it corrects them (10 and 30 steps)",
     "digits-turbo": "few-step student of `digits`, 1 to 4 steps without classifier-free guidance",
+    "scenes": "layout-to-image latent diffusion of 64 x 64 scenes with several handwritten digits and their boxes",
+    "scenes-prior": "which layouts of scenes are likely: a diffusion model of classes and boxes",
     "digits-judge": "independent classifier of digit, ink and paper; only ever measures",
 }
 

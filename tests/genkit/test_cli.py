@@ -118,9 +118,11 @@ class TestZoo:
         assert "genkit zoo train" in run("zoo", "list").stdout
 
     def test_train_calls_the_script(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from genkit.zoo.training import autoencoder, classifier, digits, discriminator, noisy_classifier, turbo
+        from genkit.zoo.training import autoencoder, classifier, digits, discriminator, layout_prior, noisy_classifier, scenes, turbo
 
         calls = []
+        monkeypatch.setattr(scenes, "train", lambda *a, **k: calls.append(("scenes", a, k)))
+        monkeypatch.setattr(layout_prior, "train", lambda *a, **k: calls.append(("layout_prior", a, k)))
         monkeypatch.setattr(digits, "train", lambda *a, **k: calls.append(("digits", a, k)))
         monkeypatch.setattr(autoencoder, "train", lambda *a, **k: calls.append(("autoencoder", a, k)))
         monkeypatch.setattr(classifier, "train", lambda *a, **k: calls.append(("classifier", a, k)))
@@ -137,6 +139,8 @@ class TestZoo:
             ("noisy_classifier", (tmp_path / "digits-noisy-classifier",), arguments),
             ("discriminator", (tmp_path / "digits-discriminator",), arguments),
             ("turbo", (tmp_path / "digits-turbo",), arguments),
+            ("scenes", (tmp_path / "scenes",), arguments),
+            ("layout_prior", (tmp_path / "scenes-prior",), arguments),
             ("classifier", ("digits-judge", tmp_path / "digits-judge"), arguments),
         ]
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
+from genkit import noise
 from genkit.cli.app import app
 from genkit.data.coco import CocoImage, write_coco
 from genkit.inversion.layout_loss import LayoutLoss
@@ -113,7 +115,7 @@ class TestLoss:
         torch.manual_seed(1)
         x0 = torch.randn(4, 8, 8)
         layouts = pack([Layout([0], [(0.1, 0.1, 0.6, 0.5)]), Layout([], [])], NAMES, 3)
-        loss = LayoutLoss(pipe.denoiser, x0, PLAN)
+        loss = LayoutLoss(pipe.denoiser, pipe.denoiser.grounding(), x0, PLAN)
         cond = pipe.denoiser.condition(layouts=layouts)
         pairs = PLAN.pairs(pipe.scheduler, x0.shape)
         expected = (pipe.denoiser.losses(x0[None], pairs, cond)[0] * pairs.weight).mean(1)
@@ -127,7 +129,8 @@ class TestLoss:
         pipe.host.layout_encoder.double(), pipe.host.unet.double()
         torch.manual_seed(1)
         layouts = pack([Layout([0], [(0.1, 0.2, 0.6, 0.5)])], NAMES, 3).double()
-        loss = LayoutLoss(pipe.denoiser, torch.randn(4, 8, 8, dtype=torch.float64), PLAN)
+        x0 = torch.randn(4, 8, 8, dtype=torch.float64)
+        loss = LayoutLoss(pipe.denoiser, pipe.denoiser.grounding(), x0, PLAN)
         value, gradient = loss.gradient(layouts, torch.arange(6))
         torch.testing.assert_close(value, loss(layouts).to(value))
         for side in range(4):
@@ -140,7 +143,9 @@ class TestLoss:
         pipe, known = pipeline(), prior(NAMES)
         layouts = pack([Layout([0], [(0.1, 0.1, 0.6, 0.5)]), Layout([], [])], NAMES, 3)
         x0 = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
-        plain, both = LayoutLoss(pipe.denoiser, x0, PLAN), LayoutLoss(pipe.denoiser, x0, PLAN, prior=known, beta=0.5)
+        plain, both = (
+            LayoutLoss(pipe.denoiser, pipe.denoiser.grounding(), x0, PLAN, prior=each, beta=0.5) for each in (None, known)
+        )
         torch.testing.assert_close(both(layouts) - plain(layouts), 0.5 * known.nats(layouts), atol=1e-4, rtol=0)
 
 
@@ -194,10 +199,54 @@ class TestPipeline:
             pipeline()(**arguments)
 
     def test_other_models_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="has no layout condition"):
-            LayoutInversionPipeline.from_pipe(GuidedPipeline(tiny.pipeline("stable_diffusion")))
+        image = torch.zeros(3, 16, 16)
+        with pytest.raises(ValueError, match="Stable Diffusion has no layout condition"):
+            LayoutInversionPipeline.from_pipe(GuidedPipeline(tiny.pipeline("stable_diffusion")))(image)
         with pytest.raises(ValueError, match="not continuous"):
-            LayoutInversionPipeline(layout_model("tokens"))
+            LayoutInversionPipeline(layout_model("tokens"))(image)
+        with pytest.raises(ValueError, match="Did you mean 'square'"):
+            pipeline()(image, labels=["sqare"])
+
+    def test_only_the_classes_that_are_asked_for(self) -> None:
+        pipe = pipeline()
+        layout = Layout(["star"], [(0.1, 0.1, 0.6, 0.5)])
+        few, all_ = pipe.denoiser.grounding(["star", "circle"]), pipe.denoiser.grounding()
+        pair = few.condition(pack([layout], ["star", "circle"], 3)), all_.condition(pack([layout], NAMES, 3))
+        torch.testing.assert_close(pair[0].tensors["layout_embeds"], pair[1].tensors["layout_embeds"])
+        found = pipe(torch.rand(3, 16, 16), labels=["star"], search=SEARCH, plan=PLAN).detections[0]
+        assert set(found.layout.labels) <= {"star"}
+
+    def test_gligen_draws_what_the_stock_pipeline_draws(self) -> None:
+        host = tiny.pipeline("gligen")
+        host.scheduler = DDIMScheduler.from_config(host.scheduler.config)
+        layout = Layout(["a cat", "seven"], [(0.1, 0.1, 0.6, 0.5), (0.3, 0.4, 0.9, 0.8)])
+        seeds, arguments = [3], {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "pt"}
+        ours = GuidedPipeline(host)("a red seven", layouts=layout, seeds=seeds, **arguments).images
+        plain = GuidedPipeline(host)("a red seven", seeds=seeds, **arguments).images
+        latents = noise.normal(seeds, LayoutInversionPipeline(host).denoiser.latent_shape(None, None))
+        theirs = host(
+            "a red seven", gligen_phrases=list(layout.labels), gligen_boxes=[list(box) for box in layout.boxes],
+            gligen_scheduled_sampling_beta=1, latents=latents, **arguments,
+        ).images  # fmt: skip
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        assert (ours - plain).abs().max() > 1e-4
+        with pytest.raises(ValueError, match="2 layouts for 1 prompts"):
+            GuidedPipeline(host)("a", layouts=[layout, layout], seeds=seeds)
+        with pytest.raises(ValueError, match="has the label 3"):
+            GuidedPipeline(host)("a", layouts=Layout([3], [(0, 0, 1, 1)]), seeds=seeds)
+
+    def test_gligen(self) -> None:
+        """A stock pipeline: any phrases, with a prompt beside them or without."""
+        host = tiny.pipeline("gligen")
+        pipe = LayoutInversionPipeline(host)
+        image = torch.rand(3, *pipe.picture_size[::-1], generator=torch.Generator().manual_seed(0)) * 2 - 1
+        found = pipe(image, labels=["a cat", "a red seven"], search=SEARCH, plan=PLAN).detections[0]
+        assert set(found.layout.labels) <= {"a cat", "a red seven"}
+        assert found.evaluations > 50
+        assert pipe.attention is not None
+        assert pipe.attention["unfused"] == 0
+        with pytest.raises(ValueError, match="say what"):
+            pipe(image)
 
 
 class TestCommand:
