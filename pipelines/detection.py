@@ -108,8 +108,8 @@ class LayoutInversionPipeline(HostedPipeline):
             `LayoutInversionOutput`, or a tuple of its values with `return_dict=False`.
 
         Raises:
-            ValueError: a model without a layout condition, a class that it lacks, images that do not fit, a prior of other classes or
-                fewer slots, numbers out of range.
+            ValueError: a model without a layout condition, a class that it lacks, images that do not fit, a prior of other classes
+                or with fewer slots, numbers out of range.
         """
         search, plan = search or LayoutSearch(), plan or PLAN
         grounding = self.denoiser.grounding(labels)
