@@ -7,11 +7,11 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "slots": ["ConditionSlot", "Free", "Slots", "TokenSlots", "Vocabulary"],
         "projectors": ["Gumbel", "Nearest", "Projector", "Softmax"],
-        "terms": ["Batch", "DiffusionPrior", "Likelihood", "LogPrior", "Term"],
+        "terms": ["Batch", "DiffusionPrior", "Likelihood", "LogPrior", "Prior", "Term"],
         "query": ["Answer", "Query", "Search"],
         "descent": ["Descent", "Optimiser", "Stop"],
         "leaps": ["Leaps"],
-        "layouts": ["LayoutSlots"],
+        "layouts": ["LayoutSlots", "leave_one_out"],
         "inverter": ["Checkpoint", "DiscreteInverter", "Inversion"],
     },
 )

@@ -31,10 +31,11 @@ class Optimiser:
     """AdamW on v.
 
     Args:
-        lr: in units of the vocabulary's spread (root mean square over its coordinates) and of the range of free numbers, if
-            `relative`.
-        relative: False takes `lr` as it is.
-        betas, weight_decay: of AdamW. Decay draws v to zero.
+        lr: in units of the vocabulary's spread (root mean square over its coordinates), if `relative`. With 0 the slots stay as an
+            earlier search has left them, and free numbers alone are refined.
+        free_lr: of free numbers, in units of their range, if `relative`; `lr` by default.
+        relative: False takes both as they are.
+        betas, weight_decay: of AdamW. Decay draws v to zero; free numbers have none.
         start: where v begins: "mean" (of the rows that a slot may hold; restarts after the first are scattered), "scatter" (normal
             with the mean and the standard deviation of each coordinate over these rows), or "published" (normal with the mean and
             the standard deviation of all numbers of the table).
@@ -44,14 +45,16 @@ class Optimiser:
     """
 
     lr: float = 0.1
+    free_lr: float | None = None
     relative: bool = True
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     start: str = "scatter"
 
     def __post_init__(self) -> None:
-        if not self.lr > 0 or not self.weight_decay >= 0:
-            raise ValueError(f"lr={self.lr} must be positive and weight_decay={self.weight_decay} not negative.")
+        for name in ("lr", "free_lr", "weight_decay"):
+            if not 0 <= (getattr(self, name) or 0) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative.")
         if self.start not in STARTS:
             raise unknown("start", self.start, STARTS)
 
@@ -162,12 +165,14 @@ class Walk:
         groups: list[dict[str, Any]] = [{"params": [self.v], "lr": optimiser.lr * spread}]
         self.free: Tensor | None = None
         if slots.free is not None:
-            width = slots.free.high - slots.free.low
-            free = slots.free.low + width * torch.rand((settings.restarts, *slots.free.shape), generator=generator).to(table)
+            free = slots.scattered(settings.restarts, generator)
+            assert free is not None
             if start is not None and start.free is not None:
                 free[0] = start.free[0]
-            self.free = free.requires_grad_(True)
-            groups.append({"params": [self.free], "lr": optimiser.lr * (width if optimiser.relative else 1.0)})
+            self.free = free.to(table).requires_grad_(True)
+            lr = optimiser.lr if optimiser.free_lr is None else optimiser.free_lr
+            width = slots.free.high - slots.free.low if optimiser.relative else 1.0
+            groups.append({"params": [self.free], "lr": lr * width, "weight_decay": 0.0})
         self.optimiser = torch.optim.AdamW(groups, betas=optimiser.betas, weight_decay=optimiser.weight_decay)
 
     def query(self, walkers: np.ndarray, pairs: np.ndarray) -> Query:

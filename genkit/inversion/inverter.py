@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genkit.attention.proof import Proof, proving
 from genkit.denoisers.base import Denoiser
 from genkit.denoisers.modes import frozen
 from genkit.inversion.leaps import Leaps
@@ -95,6 +96,7 @@ class DiscreteInverter:
         self.terms = [Likelihood(denoiser)] if terms is None else list(terms)
         self.plan = plan or PairPlan(count=32, weighting="elbo")
         self.memoise, self.batch_size, self.seed = memoise, batch_size, seed
+        self.proof = Proof(denoiser)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
         if not self.searches or not self.terms:
@@ -155,7 +157,8 @@ class DiscreteInverter:
         nothing = torch.zeros(len(self.slots), self.slots.table.shape[1], device=rows.device)
         offset = torch.stack([nothing if item.offset is None else item.offset for item in items])
         free = None if items[0].free is None else torch.stack([item.free for item in items if item.free is not None])
-        with torch.set_grad_enabled(gradient):
+        kind = "gradients" if gradient else "losses"
+        with torch.set_grad_enabled(gradient), proving(self.proof) as proof, proof.step("inversion", kind):
             offset.requires_grad_(gradient)
             inputs = [offset] if free is None else [offset, free.requires_grad_(gradient)]
             with self.slots.condition(rows, offset, free) as cond:
@@ -168,7 +171,7 @@ class DiscreteInverter:
         if not bool(torch.isfinite(losses).all()):
             bad = int((~torch.isfinite(losses)).nonzero()[0])
             raise FloatingPointError(
-                f"The loss of rows {items[bad].rows.tolist()} on pair {items[bad].pair} is {float(losses[bad])}. "
+                f"The loss of rows {items[bad].rows.tolist()} on pair {items[bad].pair} is {float(losses[bad].detach())}. "
                 "Use float32, or bfloat16 instead of float16."
             )
         values = losses.detach().tolist()
@@ -233,7 +236,7 @@ class _Course:
                 if item is None or (query.gradient and not item.gradient):
                     item = _Item(self.x0, rows, offset, free, pair, query.gradient)
                     missing.append(item)
-                    if offset is None:
+                    if self.inverter.memoise and offset is None:
                         self.known[key, pair] = item
                 items.append(item)
             self.wanted.append(items)

@@ -65,11 +65,11 @@ class Leaps(Search):
             )
 
     def begin(self, slots: Vocabulary, pairs: np.ndarray, generator: torch.Generator, start: Query | None = None) -> Queries:
-        few, free = pairs[: self.pairs], None if start is None else start.free
+        few, free = pairs[: self.pairs], slots.scattered(1, generator) if start is None else start.free
         if start is not None:
             rows = start.rows
         elif self.first:
-            query = _at_mean(slots, pairs[: self.first])
+            query = dataclasses.replace(_at_mean(slots, pairs[: self.first]), free=free)
             answer = yield query
             assert answer is not None
             assert answer.gradient is not None

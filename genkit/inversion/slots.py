@@ -85,6 +85,13 @@ class Vocabulary:
         allowed = self.allowed.to(self.table.float())
         return allowed / allowed.sum(1, keepdim=True)
 
+    def scattered(self, count: int, generator: torch.Generator) -> Tensor | None:
+        """Free numbers (count, *free.shape) that a search may begin with: anywhere in their range. None without `Free`."""
+        if self.free is None:
+            return None
+        numbers = torch.rand((count, *self.free.shape), generator=generator).to(self.table.device)
+        return self.free.low + (self.free.high - self.free.low) * numbers
+
     def check(self, rows: Tensor) -> Tensor:
         """Rows (..., S) as they are.
 

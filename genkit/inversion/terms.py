@@ -2,7 +2,7 @@
 
     likelihood        1/2 int E ||eps - eps_theta(x_t, t, y)||^2 d lambda  =  -log p(x0 | y) + const
     diffusion prior   1/2 int E ||eps - eps_phi(y_t, t)||^2 d lambda       =  -log p(y) + const        y the embedded tokens
-    log-prior         -log p(y) itself
+    log-prior         -log p(y) itself: a table, or any function of the condition
 
 Every term is estimated on the pairs (noise level, noise) of one plan; a weight is explicit and in nats, 1 by default: means over
 elements instead of sums, as published code has them, give terms of different sizes an arbitrary ratio.
@@ -133,6 +133,34 @@ class DiffusionPrior(_Denoised):
 
     def losses(self, batch: Batch, plan: PairPlan) -> Tensor:
         return self.errors(self.encode(batch), Cond({}), batch.pairs, dataclasses.replace(plan, weighting="elbo"))
+
+
+class Prior(Term):
+    """-log p(y) by a function.
+
+    Args:
+        nats: of rows (1, S) and free numbers (1, ...), or None, to one number. It is asked once for each condition.
+        weight: of its nats.
+
+    It has no gradient: it decides between candidates, and does not propose any.
+
+    Example:
+        >>> Prior(lambda rows, free: prior.nats(slots.packed(rows, free)))  # a `LayoutPriorPipeline` and `LayoutSlots`
+    """
+
+    def __init__(self, nats: Callable[[Tensor, Tensor | None], Tensor], weight: float = 1.0) -> None:
+        super().__init__(weight)
+        self.nats, self._known = nats, dict[Any, float]()
+
+    def losses(self, batch: Batch, plan: PairPlan) -> Tensor:
+        found = []
+        for i in range(len(batch.rows)):
+            rows, free = batch.rows[i : i + 1], None if batch.free is None else batch.free[i : i + 1].detach()
+            key = tuple(rows.flatten().tolist()), None if free is None else tuple(free.flatten().tolist())
+            if key not in self._known:
+                self._known[key] = float(self.nats(rows, free))
+            found.append(self._known[key])
+        return torch.tensor(found, dtype=torch.float64)
 
 
 class LogPrior(Term):

@@ -25,10 +25,12 @@ from genkit.inversion import (
     LogPrior,
     Nearest,
     Optimiser,
+    Prior,
     Softmax,
     Stop,
     TokenSlots,
     Vocabulary,
+    leave_one_out,
 )
 from genkit.layouts import Layout
 from genkit.levels import Level, training_level
@@ -253,6 +255,55 @@ def test_layouts_are_slots(codec: str) -> None:
     assert slots.check(found.rows) is not None
     assert (found.free is None) == (codec == "tokens")
     slots.layout(found.rows, found.free)
+    packed = slots.packed(rows, free)
+    assert packed[:, :, 0].tolist() == [[2, 0, -1], [-1, -1, -1]]
+    torch.testing.assert_close(packed[0, :2, 1:], torch.tensor(layout.boxes))
+
+
+@pytest.mark.parametrize("codec", ["gligen", "tokens"])
+def test_objects_are_left_out_one_at_a_time(codec: str) -> None:
+    denoiser = Denoiser.of(tiny_layouts(codec))
+    slots = LayoutSlots(denoiser)
+    both = Layout(["star", "circle"], [(0.0, 1 / 3, 1.0, 1.0), (2 / 9, 0.0, 5 / 9, 4 / 9)])
+    rows, free = slots.encode([both])
+    first, second, whole = (slots.layout(each, None if free is None else free[0]).labels for each in slots.without(rows[0]))
+    assert (first, second, whole) == (["circle"], ["star"], ["star", "circle"])
+    prior = Prior(lambda rows, free: (slots.packed(rows, free)[..., 0] >= 0).sum().double())
+    inverter = DiscreteInverter(
+        denoiser, slots, plan=PairPlan(count=8, weighting="elbo"), terms=[Likelihood(denoiser), prior], batch_size=4
+    )
+    x0 = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    gains = leave_one_out(inverter, x0, rows[0], None if free is None else free[0])
+    assert gains.shape == (3,)
+    assert gains[2] == 0
+    alone = Layout(["circle"], [both.boxes[1]])
+    losses = denoiser.losses(
+        x0[None], inverter.plan.pairs(denoiser.pipe.scheduler, x0.shape), denoiser.condition([both, alone]), batch_size=4
+    )
+    nats = (losses * inverter.plan.pairs(denoiser.pipe.scheduler, x0.shape).weight).mean(2)[0]
+    if codec == "gligen":  # of tokens the empty slot is another one here, which their positions tell apart
+        assert float(gains[0]) == pytest.approx(float(nats[1] - nats[0]) - 1, abs=1e-3)
+    with pytest.raises(ValueError, match=r"ConditionSlot has no objects"):
+        leave_one_out(DiscreteInverter(denoiser, condition_slot(denoiser, both, alone)), x0, rows[0])
+
+
+def condition_slot(denoiser: Denoiser, *layouts: Layout) -> ConditionSlot:
+    return ConditionSlot(denoiser, denoiser.condition(list(layouts)))
+
+
+def test_boxes_are_refined_when_the_classes_are_known() -> None:
+    denoiser = Denoiser.of(tiny_layouts("gligen"))
+    slots = LayoutSlots(denoiser)
+    x0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    settings = {"plan": PairPlan(count=4, weighting="elbo"), "batch_size": 8}
+    leaps = Leaps(pairs=2, first=2, patience=2)
+    refine = Descent(optimiser=Optimiser(lr=0.0, free_lr=0.02), batch=4, stop=Stop(loops=5, patience=None))
+    first, refined = (DiscreteInverter(denoiser, slots, search=s, **settings).fit(x0) for s in (leaps, [leaps, refine]))
+    for before, after in zip(first, refined, strict=True):
+        assert torch.equal(before.rows, after.rows)
+        assert after.nats < before.nats
+        assert not torch.equal(before.free, after.free)
+        assert 0 <= after.free.min() <= after.free.max() <= 1
 
 
 def test_a_token_slot_holds_its_own_part_of_the_table() -> None:
@@ -293,7 +344,8 @@ def toy_inverter(**settings: object) -> DiscreteInverter:
         (lambda: Nearest(metric="l3"), "Unknown metric of the vocabulary 'l3'"),
         (lambda: Softmax(tau=0.0), "tau=0.0 must be positive"),
         (lambda: Gumbel(tau=-1.0), "tau=-1.0 must be positive"),
-        (lambda: Optimiser(lr=0.0), "lr=0.0 must be positive"),
+        (lambda: Optimiser(lr=-1.0), "lr=-1.0 must be finite and not negative"),
+        (lambda: Optimiser(free_lr=float("nan")), "free_lr=nan must be finite"),
         (lambda: Optimiser(start="zero"), "Unknown start 'zero'"),
         (lambda: Stop(loops=0), "loops=0 and patience=2"),
         (lambda: Descent(batch=0), "batch=0 must be at least 1"),

@@ -23,6 +23,7 @@ from genkit.inversion import (
     LogPrior,
     Nearest,
     Optimiser,
+    Prior,
     Slots,
     Softmax,
     Stop,
@@ -164,7 +165,7 @@ def test_masks_hold() -> None:
             assert 5 not in point.rows
 
 
-@pytest.mark.parametrize("kind", ["table", "diffusion"])
+@pytest.mark.parametrize("kind", ["table", "function", "diffusion"])
 def test_the_prior_flips_an_ambiguous_answer_at_the_predicted_odds(kind: str) -> None:
     # Sprites 0 and 1 look almost the same: they differ by delta nats in this picture, and by far more in their embedding.
     g = torch.Generator().manual_seed(3)
@@ -187,6 +188,8 @@ def test_the_prior_flips_an_ambiguous_answer_at_the_predicted_odds(kind: str) ->
         p[1] = 0.1 * float(torch.tensor(odds).exp())
         if kind == "table":
             prior = LogPrior(p)
+        elif kind == "function":
+            prior = Prior(lambda rows, free, p=p: -p[rows[0, 0]].log())
         else:
             prior = DiffusionPrior(GaussianMixtureDenoiser(slots.table[:, None], 0.0, p), scheduler=SCHEDULE)
         assert labels(DiscreteInverter(denoiser, slots, terms=[likelihood, prior], **settings).fit(x0)) == [expected]
