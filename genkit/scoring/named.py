@@ -61,6 +61,8 @@ def plan_policy(
         per_pair = cost if name == "exhaustive" else cost * (1 / _FIRST + min(1, _KEEP / arms) * (1 - 1 / _FIRST))
         plan = dataclasses.replace(plan, count=max(1, min(plan.count, int(budget / per_pair))))
     policy = name if isinstance(name, Policy) else _named(name, plan.count, alpha, children or {})
+    if name == "dive" and budget is None:
+        budget = cost * plan.count  # a search that goes badly must not cost more than scoring everything
     return (policy if budget is None else within(policy, budget, arms, cost)), plan
 
 

@@ -93,6 +93,14 @@ def test_the_named_policy_fits_any_plan() -> None:
         assert run(denoiser, table, x0, policy, plan)[0].label == truth
 
 
+def test_the_named_policy_costs_no_more_than_scoring_everything() -> None:
+    denoiser, table, _, x0 = toy(1.0, 4, classes=11)
+    policy, plan = plan_policy("dive", PairPlan(count=8), 11)
+    found = run(denoiser, 1e-3 * table, 5 * x0, policy, plan)  # nothing tells the classes apart
+    assert max(v.evaluations for v in found) <= 11 * 8
+    assert max(v.evaluations for v in run(denoiser, 1e-3 * table, 5 * x0, policy.inner, plan)) > 11 * 8
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="shortlist=1 must be at least 2"):
         Dive(shortlist=1)
