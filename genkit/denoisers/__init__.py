@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "base": ["Cond", "Denoiser"],
         "registry": ["find", "register"],
-        "analytic": ["GaussianDenoiser", "GaussianMixtureDenoiser"],
+        "embeddings": ["Embeddings"],
+        "analytic": ["GaussianDenoiser", "GaussianMixtureDenoiser", "LinearDenoiser"],
     },
 )
