@@ -8,9 +8,11 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "couplings": ["DenoisedTarget", "Target", "TemplateTarget", "soft_targets"],
         "distances": ["chamfer", "nearest"],
         "equivalence": ["geometry_classes", "match_parts"],
+        "hypotheses": ["Verdict", "distinct", "judge", "verdict"],
         "metrics": ["PROTOCOLS", "evaluate", "find_contacts", "summarise"],
         "nearest_grid": ["NearestGrid", "Surface"],
         "parts": ["PartSet"],
+        "point_model": ["PointModel"],
         "push": ["PushApartConfig", "push_apart"],
         "refinement": ["annealed", "refine"],
         "rigid": [

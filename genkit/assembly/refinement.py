@@ -8,15 +8,21 @@ transport, a diffusion model, a scan) decides how good it is: see `genkit.assemb
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
+from scipy.spatial import KDTree
 from torch import Tensor
 
 from genkit.assembly.couplings import Target
+from genkit.assembly.distances import nearest
 from genkit.assembly.push import PushApartConfig, push_apart
 from genkit.assembly.rigid import kabsch, pose_matrix, transform
+
+ICP_STEPS, ICP_TOLERANCE = 100, 1e-6  # of the published rule
 
 
 def annealed(h_range: tuple[float, float] = (0.5, 0.01), steps: int = 60) -> list[float]:
@@ -41,6 +47,7 @@ def refine(
     levels: Sequence[float],
     *,
     push: PushApartConfig | None = None,
+    fit: Literal["kabsch", "icp"] = "kabsch",
     chunk: int | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
@@ -52,6 +59,8 @@ def refine(
         target: gives each point its place; points (H, P * N, 3), parts one after the other.
         levels: h of each step, as `annealed` gives them.
         push: parts that overlap are pushed apart after each step, ever less over the last third.
+        fit: `kabsch` takes each point to its own target; `icp`, the published rule, takes it to the nearest target of its part,
+            again and again, which ends near the same place and costs hundreds of times as much.
         chunk: assemblies at a time; the result does not depend on it unless the target's noise does.
         on_step: called with the number of the step and the poses.
 
@@ -66,8 +75,10 @@ def refine(
             goal = target(y.flatten(1, 2), h).reshape(-1, count, samples, 3)
             if not torch.isfinite(goal).all():
                 raise FloatingPointError(f"The target of step {step} (h = {h:.4g}) is not finite. The last poses before it were.")
-            rotation, translation, _ = kabsch(x.expand_as(goal), goal)
-            moved.append(pose_matrix(rotation, translation))
+            if fit == "icp":
+                moved.append(_by_icp(x, part, goal))
+            else:
+                moved.append(pose_matrix(*kabsch(x.expand_as(goal), goal)[:2]))
         poses = torch.cat(moved)
         if push is not None:
             fading = 1.0 if push.legacy else min(1.0, 3 * (len(levels) - step) / len(levels))
@@ -77,17 +88,26 @@ def refine(
     return poses
 
 
-def _pushed(x: Tensor, poses: Tensor, push: PushApartConfig, fading: float) -> Tensor:
-    import dataclasses
+def _by_icp(x: Tensor, poses: Tensor, goal: Tensor) -> Tensor:
+    """Poses (H, P, 4, 4) after ICP of each part, from where it is, to its own target (H, P, N, 3)."""
+    poses = poses.clone()
+    for h, p in itertools.product(range(len(poses)), range(len(x))):
+        tree, error = KDTree(goal[h, p].numpy()), float("inf")
+        for _ in range(ICP_STEPS):
+            distance, index = nearest(transform(x[p], poses[h, p]), goal[h, p], tree)
+            rotation, translation, _ = kabsch(x[p], goal[h, p, index])
+            poses[h, p] = pose_matrix(rotation, translation)
+            now = float(distance.square().mean().sqrt())
+            if error - now <= ICP_TOLERANCE * now:
+                break
+            error = now
+    return poses
 
+
+def _pushed(x: Tensor, poses: Tensor, push: PushApartConfig, fading: float) -> Tensor:
     config = dataclasses.replace(push, rate=push.rate * fading, rounds=push.rounds if push.legacy else 1)
     poses = poses.clone()
     for k, y in enumerate(transform(x, poses)):
         apart, _ = push_apart(y, config)
         poses[k, :, :3, 3] += apart[:, 0] - y[:, 0]
     return poses
-
-
-def shared_scale(area: float, template_area: float) -> float:
-    """The scale that makes parts of a whole area as large as a template: c = sqrt(template area / parts' area)."""
-    return math.sqrt(template_area / area)

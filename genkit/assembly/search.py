@@ -117,7 +117,7 @@ class Search:
         self, parts: PartSet, template: Surface, config: SearchConfig | None = None, seed: int = 0,
         on_stage: Callable[[str, float], None] | None = None,
     ) -> None:  # fmt: skip
-        self.order = _content_order(parts)
+        self.order = content_order(parts)
         self.parts, self.config = parts[self.order], config or SearchConfig()
         self.tell = on_stage or (lambda name, share: None)
         self.generator = torch.Generator().manual_seed(mix(seed, 1))
@@ -237,7 +237,7 @@ class Search:
         return placed
 
 
-def _content_order(parts: PartSet) -> list[int]:
+def content_order(parts: PartSet) -> list[int]:
     """An order of the parts that does not depend on the order that they came in."""
     keys = [
         (round(-float(a), 6), hashlib.sha256(p.numpy().tobytes()).hexdigest())

@@ -1,0 +1,117 @@
+"""A point-cloud diffusion model for assembly: as a source of templates, and as the denoiser of the assembly itself.
+
+    templates    clouds of the model's prior, by DDIM from noise                                        (Song et al. 2020)
+    targets      y -> D(y): noise the assembly to a level h = sigma / alpha, denoise, back              (`couplings.DenoisedTarget`)
+
+The model knows clouds of unit standard deviation; c and m, the scale and centre of a template in its lengths, say how an
+assembly in units looks to it: (y - m) c.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genkit import noise
+from genkit.assembly.couplings import DenoisedTarget, Target
+from genkit.errors import unknown
+from genkit.levels import Level, kind_of
+from genkit.prediction import Prediction
+
+
+class PointModel:
+    """A denoiser of clouds and its scheduler.
+
+    Args:
+        denoiser: `forward(sample (B, N, 3), timestep (B,), class_labels (B,)) -> .sample`; its config has `categories`.
+        scheduler: of the DDPM family (it has `alphas_cumprod`).
+
+    Raises:
+        ValueError: a scheduler of another family.
+
+    Example:
+        >>> clouds = PointModel(denoiser, scheduler).generate(8, "chair", points=2048)      # (8, 2048, 3)
+    """
+
+    def __init__(self, denoiser: Any, scheduler: Any) -> None:
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod. Use DDPMScheduler or DDIMScheduler.")
+        self.denoiser, self.scheduler = denoiser, scheduler
+        self.ratios = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).double().sqrt()
+
+    def label(self, category: str | int | None) -> int | None:
+        """The number of a category; None for a model without, or for no category.
+
+        Raises:
+            ValueError: a category that the model lacks.
+        """
+        known = list(getattr(self.denoiser.config, "categories", None) or [])
+        if category is None or not known:
+            return None
+        if isinstance(category, int):
+            if not 0 <= category < len(known):
+                raise ValueError(f"Category {category} is not among the model's {len(known)}: {', '.join(known)}.")
+            return category
+        if category not in known:
+            raise unknown("category", category, known)
+        return known.index(category)
+
+    def raw(self, x: Tensor, step: int, label: int | None) -> Tensor:
+        """What the network says (B, N, 3) of x (B, N, 3) at a step of its training schedule."""
+        device = next(self.denoiser.parameters()).device
+        times = torch.full((len(x),), step, device=device)
+        labels = None if label is None else torch.full((len(x),), label, device=device)
+        return self.denoiser(x.float().to(device), times, class_labels=labels).sample.to(x)
+
+    def eps(self, x: Tensor, step: int, label: int | None) -> Tensor:
+        """The noise (B, N, 3) in x."""
+        abar = float(self.scheduler.alphas_cumprod[step])
+        level = Level(abar**0.5, (1 - abar) ** 0.5, step)
+        return Prediction(x, level, self.raw(x, step, label), kind_of(self.scheduler)).eps
+
+    def nearest(self, h: float) -> int:
+        """The step whose sigma / alpha is nearest to h."""
+        return int((self.ratios.log() - math.log(h)).abs().argmin())
+
+    @torch.no_grad()
+    def generate(
+        self, count: int, category: str | int | None = None, *, points: int = 2048, steps: int = 20, seed: int = 0,
+        batch_size: int = 8,
+    ) -> Tensor:  # fmt: skip
+        """Clouds (count, points, 3) of a category; cloud i is a function of (seed, i), whatever `count` and `batch_size` are.
+
+        Raises:
+            FloatingPointError: the model gave values that are not finite.
+        """
+        from diffusers import DDIMScheduler
+
+        label = self.label(category)
+        scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, timestep_spacing="trailing")
+        scheduler.set_timesteps(steps)
+        clouds = []
+        for rows in torch.arange(count).split(batch_size):
+            x = noise.normal([noise.mix(seed, int(i)) for i in rows], (points, 3))
+            for t in scheduler.timesteps.tolist():
+                x = scheduler.step(self.raw(x, t, label), t, x).prev_sample
+            if not torch.isfinite(x).all():
+                raise FloatingPointError("The model's clouds are not finite. Its weights may be damaged.")
+            clouds.append(x)
+        return torch.cat(clouds)
+
+    def target(self, category: str | int | None, scale: float, centre: Tensor, seeds: list[int]) -> Target:
+        """Targets of assemblies in units, one seed of noise for each; fresh noise at each call."""
+        label, calls = self.label(category), [0]
+
+        def fresh(shape: torch.Size) -> Tensor:
+            calls[0] += 1
+            return noise.normal([noise.mix(seed, calls[0]) for seed in seeds], shape[1:])
+
+        def place(y: Tensor, h: float) -> Tensor:
+            step = self.nearest(h)
+            denoised = DenoisedTarget(lambda x, _: self.eps(x, step, label), fresh)
+            return denoised((y - centre) * scale, float(self.ratios[step])) / scale + centre
+
+        return place

@@ -1,0 +1,305 @@
+"""PartAssemblyPipeline: the poses of an object's parts, from a reference or from a point-cloud diffusion model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from genkit.assembly.couplings import Coupling, Target, TemplateTarget
+from genkit.assembly.hypotheses import Verdict, distinct, judge, verdict
+from genkit.assembly.nearest_grid import Surface
+from genkit.assembly.parts import PartSet
+from genkit.assembly.point_model import PointModel
+from genkit.assembly.push import PushApartConfig
+from genkit.assembly.refinement import annealed, refine
+from genkit.assembly.rigid import transform
+from genkit.assembly.search import Search, SearchConfig, area_scale, content_order, scale_of
+from genkit.assembly.starts import scattered
+from genkit.assembly.surfaces import template_surface
+from genkit.noise import mix
+
+Start = Literal["search", "random", "given"]
+TEMPLATE_POINTS = 4096
+
+
+@dataclasses.dataclass
+class PartAssemblyOutput(BaseOutput):
+    """What `PartAssemblyPipeline` returns, H distinct assemblies of P parts, best first.
+
+    Args:
+        poses: (H, P, 4, 4), float64, from the parts' frames to the assembly, in units (see `genkit.assembly.PartSet`).
+        motions: (H, P, 4, 4), float64, of the parts as they came, in the lengths of the input.
+        points: the parts' samples in place (H, P, N, 3), in units.
+        scale: (H,), how many times larger than the parts the template was.
+        scores: `energy`, `coverage`, `fit`, `pieces` (H,) and `residual` (H, P), see `genkit.assembly.hypotheses`; none of them
+            knows the truth.
+        template_ids: (H,), which template each was found on.
+        equivalence: of each part, the number of the first part of its shape.
+        verdict: how sure one can be of the first.
+        history: the first assembly while it was refined (P, 4, 4), if that was asked for.
+    """
+
+    poses: Any
+    motions: Any
+    points: Any
+    scale: Any
+    scores: dict[str, Any]
+    template_ids: Any
+    equivalence: list[int]
+    verdict: Verdict
+    history: list[Tensor] | None = None
+
+
+class PartAssemblyPipeline(DiffusionPipeline):
+    """Assembles parts that come in any pose, by searching the poses that make a template, without training for it.
+
+    A template is a reference of the whole (a scan, a mesh), or clouds that the diffusion model draws of the category. Candidate
+    poses are searched on it, the choice is settled, and what was found is ranked by the template alone. `coupling="index"`
+    denoises the assembled cloud itself instead (Zhang et al. 2025, arXiv 2505.00426); see `preset`.
+
+    Args:
+        denoiser: of point clouds, see `genkit.assembly.point_model.PointModel`; not needed with a reference.
+        scheduler: of the DDPM family.
+
+    Example:
+        >>> pipe = PartAssemblyPipeline()
+        >>> out = pipe(read_parts("parts"), reference=read_reference("scan.ply"))
+        >>> out.motions[0], out.verdict.text
+    """
+
+    _optional_components = ["denoiser", "scheduler"]  # noqa: RUF012  (diffusers' own name and kind)
+
+    def __init__(self, denoiser: ModelMixin | None = None, scheduler: SchedulerMixin | None = None) -> None:
+        super().__init__()
+        self.register_modules(denoiser=denoiser, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        parts: PartSet | Sequence[Any],
+        *,
+        category: str | int | None = None,
+        reference: Any = None,
+        num_templates: int = 8,
+        num_hypotheses: int = 16,
+        template_steps: int = 20,
+        refine_steps: int | None = None,
+        h_range: tuple[float, float] = (0.5, 0.01),
+        init: Start = "search",
+        initial_poses: Tensor | None = None,
+        coupling: Coupling = "ot",
+        push_apart: PushApartConfig | None = None,
+        estimate_scale: bool = True,
+        points_per_part: int = 128,
+        chunk_size: int | None = None,
+        search: SearchConfig | None = None,
+        preset: Literal["paper"] | None = None,
+        seed: int = 0,
+        on_stage: Callable[[str, float], None] | None = None,
+        output_type: Literal["pt", "np"] = "pt",
+        return_history: bool = False,
+        return_dict: bool = True,
+    ) -> PartAssemblyOutput | tuple[Any, ...]:
+        """Assemble parts.
+
+        Args:
+            parts: of one object, or its meshes or clouds (N, 3), in any pose.
+            category: that the model shall draw; without a reference.
+            reference: the whole: a mesh, a cloud (K, 3) or a `Surface`, in the lengths of the parts or, with `estimate_scale`, in
+                others. Assemblies are in its frame.
+            num_templates: clouds that the model draws.
+            num_hypotheses: assemblies that are returned, at most.
+            template_steps: of DDIM for each cloud.
+            refine_steps: of refinement after the start; by default none after a search, which settles by itself, else 60.
+            h_range: noise over signal at the first and the last step, in units; in standard deviations with `coupling="index"`.
+            init: `search` from nowhere, `random` poses, or `given` ones.
+            initial_poses: (P, 4, 4) or (H, P, 4, 4) in units, for `given`; by default as the parts came.
+            coupling: where refinement moves points to, see `genkit.assembly.couplings`; `index` needs the model.
+            push_apart: parts that lie in each other are pushed apart during refinement.
+            estimate_scale: let the template have another scale than the parts, by their areas.
+            points_per_part: in refinement.
+            chunk_size: assemblies that are refined at a time; the result does not depend on it.
+            search: how to search.
+            preset: `paper`, the published loop without its selections by the truth: random poses, 1,000 steps at a fixed small
+                noise level, ICP, the published push; `coupling="index"` with a model, `soft` with a reference.
+            seed: of templates, random poses, noise and orders.
+            on_stage: called with the name of a stage that begins and the share of the work that is done.
+            output_type: tensors or arrays.
+
+        Raises:
+            ValueError: neither a reference nor a model, both, or arguments that do not go together; a category that the model
+                lacks.
+            FloatingPointError: a target that is not finite.
+        """
+        if not isinstance(parts, PartSet):
+            clouds = not hasattr(parts[0], "faces") if len(parts) else True
+            parts = (PartSet.from_clouds if clouds else PartSet.from_meshes)(parts)
+        fit: Literal["kabsch", "icp"] = "kabsch"
+        if preset == "paper":
+            init, refine_steps, h_range, points_per_part = "random", 1000, (0.02, 0.02), 1000
+            coupling, fit = ("index" if reference is None else "soft"), "icp"
+            push_apart = PushApartConfig(legacy=True)
+        elif preset is not None:
+            raise ValueError(f"Unknown preset {preset!r}. Known: paper.")
+        self._check(init, coupling, reference, num_templates, num_hypotheses)
+        order = content_order(parts)
+        parts = parts[order]
+        if initial_poses is not None:
+            initial_poses = initial_poses[..., order, :, :]
+        tell = on_stage or (lambda name, share: None)
+        tell("template", 0.0)
+        templates = self._templates(parts, reference, category, num_templates, template_steps, estimate_scale, seed)
+        steps = (0 if init == "search" else 60) if refine_steps is None else refine_steps
+        levels = annealed(h_range, steps) if steps else []
+        found: list[_Found] = []
+        histories: list[list[Tensor]] = []
+        for k, (template, scale, centre) in enumerate(templates):
+            share = range(k, num_hypotheses, len(templates))
+
+            def stage(name: str, done: float, k: int = k) -> None:
+                tell(name, (k + done) / len(templates))
+
+            searcher = Search(parts, template, search, seed=mix(seed, k), on_stage=stage)
+            if init == "search":
+                poses = searcher.run(max(len(share), 1))[0]
+            elif init == "given":
+                given = parts.frames if initial_poses is None else initial_poses
+                poses = (given if given.ndim == 4 else given[None]).double()
+            else:
+                poses = torch.stack([scattered(parts, template, mix(seed, h)) for h in share])
+            history = [poses]
+            if levels:
+                stage("refine", 0.5)
+                seeds = [mix(seed, h) for h in range(k, k + len(templates) * len(poses), len(templates))]
+
+                def target(rows: slice, seeds: list[int] = seeds, template: Surface = template, scale: float = scale,
+                           centre: Tensor = centre) -> Target:  # fmt: skip
+                    if coupling == "index":
+                        return self._model().target(category, scale, centre, seeds[rows])
+                    return TemplateTarget(_thinned(template), coupling)
+
+                poses = _refined(parts, poses, target, levels, points_per_part, push_apart, fit, chunk_size, history)
+            if len(poses) == 0:
+                continue
+            scores = judge(searcher, parts, poses)
+            best = scores["energy"].argsort(stable=True)
+            best = best[torch.tensor(distinct(searcher, poses[best]))]
+            found.append(_Found(k, scale, poses[best], {key: value[best] for key, value in scores.items()}))
+            histories.append([step[best[0]] for step in history])
+        tell("rank", 1.0)
+        out = _ranked(parts, found, searcher, num_hypotheses, order)
+        if return_history:
+            steps_of = histories[[f.template for f in found].index(int(out.template_ids[0]))]
+            out.history = [_unsorted(step, order, 0) for step in steps_of]
+        if output_type == "np":
+            for name in ("poses", "motions", "points", "scale", "template_ids"):
+                out[name] = out[name].numpy()
+            out["scores"] = {key: value.numpy() for key, value in out.scores.items()}
+        return out if return_dict else out.to_tuple()
+
+    def generate_templates(self, count: int, category: str | int | None, *, steps: int = 20, seed: int = 0) -> Tensor:
+        """Clouds (count, 4096, 3) of the model, of unit standard deviation; cloud i is a function of (seed, i)."""
+        return self._model().generate(count, category, points=TEMPLATE_POINTS, steps=steps, seed=seed)
+
+    def _model(self) -> PointModel:
+        if self.denoiser is None or self.scheduler is None:
+            raise ValueError("There is no model here. Give a reference (a scan or a mesh), or a pipeline with a denoiser.")
+        return PointModel(self.denoiser, self.scheduler)
+
+    def _check(self, init: str, coupling: str, reference: Any, num_templates: int, num_hypotheses: int) -> None:
+        if init not in ("search", "random", "given"):
+            raise ValueError(f"Unknown init {init!r}. Known: search, random, given.")
+        if num_templates < 1 or num_hypotheses < 1:
+            raise ValueError(f"num_templates={num_templates} and num_hypotheses={num_hypotheses} must be at least 1.")
+        if reference is None or coupling == "index":
+            self._model()
+        if reference is not None and coupling == "index":
+            raise ValueError("coupling='index' denoises by the model, so a reference is of no use to it. Leave one of them out.")
+
+    def _templates(
+        self, parts: PartSet, reference: Any, category: str | int | None, count: int, steps: int, estimate: bool, seed: int
+    ) -> list[tuple[Surface, float, Tensor]]:
+        """Templates in units of the parts, the scale from units to the model's lengths (or the reference's), and the centre."""
+        if reference is not None:
+            template = template_surface(reference, parts.unit)
+            scale = scale_of(parts, template) if estimate else 1.0
+            if scale != 1.0:
+                template = template_surface(reference, parts.unit, scale)
+            return [(template, scale, template.points.mean(0))]
+        found = []
+        for cloud in self.generate_templates(count, category, steps=steps, seed=seed):
+            scale = area_scale(parts, Surface(cloud))
+            template = template_surface(cloud, scale=scale)
+            found.append((template, scale, torch.zeros(3)))
+        return found
+
+
+@dataclasses.dataclass
+class _Found:
+    """Distinct assemblies on one template, best first."""
+
+    template: int
+    scale: float
+    poses: Tensor
+    scores: dict[str, Tensor]
+
+
+def _refined(
+    parts: PartSet, poses: Tensor, target: Callable[[slice], Target], levels: list[float], points: int,
+    push: PushApartConfig | None, fit: Literal["kabsch", "icp"], chunk: int | None, history: list[Tensor],
+) -> Tensor:  # fmt: skip
+    """Poses after refinement, some at a time, each with targets of its own; every tenth step goes into the history."""
+    x, poses, size = parts.points[:, :points], poses.float(), chunk or len(poses)
+    moved, steps = [], []
+    for first in range(0, len(poses), size):
+        rows = slice(first, first + size)
+        seen: list[Tensor] = []
+        moved.append(
+            refine(x, poses[rows], target(rows), levels, push=push, fit=fit, on_step=lambda step, now, seen=seen: seen.append(now))
+        )
+        steps.append(seen[:: max(1, len(levels) // 40)])
+    history += [torch.cat(step) for step in zip(*steps, strict=True)]
+    return torch.cat(moved).double()
+
+
+def _thinned(template: Surface, count: int = 1024) -> Tensor:
+    """Some of the template's points (K, 3)."""
+    generator = torch.Generator().manual_seed(mix(len(template), 3))
+    return template.points[torch.randperm(len(template), generator=generator)[:count]]
+
+
+def _ranked(parts: PartSet, found: list[_Found], searcher: Search, count: int, order: list[int]) -> PartAssemblyOutput:
+    """What was found on all templates, best first, the parts in the order that they came in."""
+    poses = torch.cat([f.poses for f in found])
+    scores = {key: torch.cat([f.scores[key] for f in found]) for key in found[0].scores}
+    templates = torch.cat([torch.full((len(f.poses),), f.template) for f in found])
+    scale = torch.cat([torch.full((len(f.poses),), f.scale) for f in found])
+    best = scores["energy"].argsort(stable=True)
+    if len(found) > 1:
+        best = best[torch.tensor(distinct(searcher, poses[best]))]
+    best = best[:count]
+    scores = {key: value[best] for key, value in scores.items()}
+    sure = verdict(scores)
+    scores["residual"] = _unsorted(scores["residual"], order, 1)
+    first = [0] * len(parts)
+    for shape in searcher.shapes:
+        rows = sorted(order[searcher.order[i]] for i in shape.members)
+        for i in rows:
+            first[i] = rows[0]
+    poses = poses[best]
+    motions, points = parts.to_input(poses), transform(parts.points.double(), poses)
+    return PartAssemblyOutput(
+        poses=_unsorted(poses, order, 1), motions=_unsorted(motions, order, 1), points=_unsorted(points, order, 1),
+        scale=scale[best], scores=scores, template_ids=templates[best], equivalence=first, verdict=sure,
+    )  # fmt: skip
+
+
+def _unsorted(values: Tensor, order: list[int], axis: int) -> Tensor:
+    """Values of sorted parts, in the order that the parts came in."""
+    return values.index_select(axis, torch.tensor(order).argsort())
