@@ -51,7 +51,7 @@ def model_card(student: Denoiser, spec: FewStepSpec, *, lora: bool, found: Mappi
     if figures:
         rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in figures.items())
         parts += ["## Measured", f"| what and how | value |\n|---|---|\n{rows}"]
-    parts += ["## Licence", f"It is a derivative of its teacher, whose licence holds for it too: {_licence(spec.teacher)}."]
+    parts += ["## Licence", f"It is a derivative of its teacher, whose licence holds for it too: {licence_of(spec.teacher)}."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -123,8 +123,8 @@ def _figure(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _licence(teacher: str) -> str:
-    """What the teacher's own card says."""
+def licence_of(teacher: str) -> str:
+    """The licence that a teacher's own card names, or that it is not known."""
     says = None
     if teacher in zoo.names() or Path(teacher).is_dir():
         card = zoo.card(teacher)

@@ -11,9 +11,9 @@ import bisect
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -233,7 +233,16 @@ def _open_shards(folder: Path, record: dict[str, Any], skip_bad: bool) -> tuple[
     return shards, [*bad, *skipped]
 
 
-def batch_rows(dataset: LatentDataset, batch_size: int, seed: int, step: int) -> list[int]:
+class Bucketed(Protocol):
+    """What has rows of several shapes."""
+
+    @property
+    def buckets(self) -> Mapping[tuple[int, ...], Sequence[int]]:
+        """Rows of each shape."""
+        ...
+
+
+def batch_rows(dataset: Bucketed, batch_size: int, seed: int, step: int) -> list[int]:
     """The rows of the batch of a step: of one shape, every row once an epoch but for those that fill no batch.
 
     Args:

@@ -18,6 +18,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,17 +56,7 @@ class Run:
         file = self.folder / "config.json"
         data = trainer.draws.data
         settings = self.config.to_json() | {"data": f"{len(data)} items, {identity(settings_of(data.record))}"}
-        if file.exists():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if resume is None:
-                raise ValueError(
-                    f"{str(self.folder)!r} already holds a run. Go on with it (--resume latest), or use another --out."
-                )
-            differs = difference(found, settings, FREE)
-            if differs:
-                raise ValueError(
-                    f"The run in {str(self.folder)!r} was made otherwise: {differs}. Use the same settings, or another --out."
-                )
+        require_same_run(self.folder, settings, resume=resume is not None, option="--resume latest", free=FREE)
         checkpoint = None if resume is None else self._chosen(resume)
         trainer.ranks.wait()
         if self.leads:
@@ -157,6 +148,29 @@ class Run:
             names = ", ".join(p.name for p in found) or "none"
             raise ValueError(f"There is no checkpoint {str(resume)!r} in {str(self.folder)!r}. There are: {names}.")
         return wanted
+
+
+def require_same_run(
+    folder: Path, settings: dict[str, Any], *, resume: bool, option: str = "--resume", free: Sequence[str] = ()
+) -> None:
+    """Refuse a folder whose `config.json` is of a run that is not to be resumed, or of other settings.
+
+    Args:
+        resume: whether a run that is there is to go on.
+        option: of the command that makes it go on, for the message.
+        free: names of settings that may differ.
+
+    Raises:
+        ValueError: such a folder; the message names the difference.
+    """
+    file = folder / "config.json"
+    if not file.exists():
+        return
+    if not resume:
+        raise ValueError(f"{str(folder)!r} already holds a run. Go on with it ({option}), or use another --out.")
+    differs = difference(json.loads(file.read_text(encoding="utf-8")), settings, free)
+    if differs:
+        raise ValueError(f"The run in {str(folder)!r} was made otherwise: {differs}. Use the same settings, or another --out.")
 
 
 def _save_student(trainer: DistillTrainer, folder: Path) -> None:

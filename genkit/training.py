@@ -12,7 +12,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from genkit.attention.proof import Proof
 from genkit.console import progress
+from genkit.errors import unknown
 from genkit.ranks import Ranks
+
+OPTIMIZERS = ("adamw", "lamb")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,15 +35,18 @@ class TrainConfig:
 
     Args:
         steps, batch_size: length of the run; the batch is that of each process.
-        lr: peak learning rate of AdamW (betas 0.9, 0.99), after `warmup` steps; cosine decay to zero.
+        lr: peak learning rate, after `warmup` steps; cosine decay to zero.
+        betas: of the optimizer.
+        optimizer: "adamw", or "lamb" for batches of thousands (You et al. 2019, arXiv 1904.00962; of timm).
         ema_decay: decay of the exponential moving average of the weights, which is what is saved; 0 keeps the last weights.
         validate_every: steps between two validations, where the run has one.
         patience: stop after this many validations without a new best; 0 never stops early.
         checkpoint_seconds: time between two checkpoints.
         bf16: autocast to bfloat16.
+        trackers: of accelerate, which get what log.jsonl gets: "tensorboard", "wandb", ...
 
     Raises:
-        ValueError: a length, batch, patience or interval that is no positive number, or a decay outside 0 to 1.
+        ValueError: a length, batch, patience or interval that is no positive number, a decay outside 0 to 1, or another optimizer.
     """
 
     steps: int
@@ -54,6 +61,9 @@ class TrainConfig:
     patience: int = 0
     checkpoint_seconds: float = 120.0
     bf16: bool = True
+    betas: tuple[float, float] = (0.9, 0.99)
+    optimizer: str = "adamw"
+    trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
@@ -62,6 +72,8 @@ class TrainConfig:
             raise ValueError(f"validate_every={self.validate_every} must be positive, and patience={self.patience} not negative.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} is not in 0 to 1.")
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
 
 
 def fit(
@@ -102,7 +114,7 @@ class _Run:
         self.config, self.folder, self.name, self.device, self.ranks = config, folder, name, device, ranks
         self.model = model.to(device).train()
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+        self.optimizer = _optimizer(trained, config)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda k: _warmup_cosine(k, config))
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
         self.proof = Proof(model)
@@ -141,6 +153,7 @@ class _Run:
                 self.proof,
                 progress(disable=not self.ranks.leads) as bar,
                 open(self.folder / f"log{self.ranks.index or ''}.jsonl", "a") as log,
+                self._trackers() as track,
             ):
                 task = bar.add_task(self.name, total=config.steps, completed=self.step)
                 while self.step < config.steps and not (validate and self._exhausted()):
@@ -152,6 +165,7 @@ class _Run:
                         entry["validation"] = self._validate(validate)
                     if entry or self.step % 50 == 0:
                         entry = {"step": self.step, "loss": round(self.average or 0.0, 5), **entry}
+                        track({"loss": entry["loss"], **entry.get("validation", {})}, self.step)
                         entry |= {} if told else {"attention": self.proof.to_dict()}
                         told = True
                         print(json.dumps(entry | {"seconds": round(time.monotonic() - self.began, 1)}), file=log, flush=True)
@@ -169,10 +183,20 @@ class _Run:
         config = self.config
         seed = config.seed * 1_000_003 + self.step + 1_000_000_007 * self.ranks.index
         generator = torch.Generator().manual_seed(seed)
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=config.bf16):
-            value = loss(self.model, generator, self.step)
-        if not torch.isfinite(value):
-            raise FloatingPointError(f"The loss of {self.name} became {value.item()} at step {self.step}. Lower the learning rate.")
+        torch.manual_seed(seed ^ 0x5DEECE66D)  # of dropout, which asks torch's own generator
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        try:
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=config.bf16):
+                value = loss(self.model, generator, self.step)
+            if not torch.isfinite(value):
+                raise FloatingPointError(
+                    f"The loss of {self.name} became {value.item()} at step {self.step}. Lower the learning rate."
+                )
+        except BaseException:
+            # The checkpoint is that of the step before: statistics of BatchNorm that this one has moved go back.
+            for buffer, value in zip(self.model.buffers(), before, strict=True):
+                buffer.copy_(value)
+            raise
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
         self._average_gradients()
@@ -192,6 +216,24 @@ class _Run:
                 if parameter.grad is not None:
                     parameter.grad = reduce(parameter.grad, "mean")
 
+    @contextmanager
+    def _trackers(self) -> Iterator[Callable[[dict[str, float], int], None]]:
+        """What sends figures to the trackers."""
+        if not self.config.trackers:
+            yield lambda figures, step: None
+            return
+        from accelerate import Accelerator
+
+        cpu = torch.device(self.device).type == "cpu"
+        accelerator = Accelerator(log_with=list(self.config.trackers), project_dir=str(self.folder), cpu=cpu)
+        accelerator.init_trackers("tracker")
+        try:
+            yield lambda figures, step: accelerator.log(figures, step=step)
+        finally:
+            # Not `end_training`, which would also part the processes.
+            for tracker in accelerator.trackers:
+                tracker.finish()
+
     def _validate(self, validate: Callable[[Any], dict[str, float]]) -> dict[str, float]:
         model = self.ema.module.eval()
         with torch.no_grad():
@@ -204,6 +246,13 @@ class _Run:
         """Whether the last `patience` validations brought nothing new."""
         waited = self.step - self.best["step"]
         return self.config.patience > 0 and self.best["step"] > 0 and waited >= self.config.patience * self.config.validate_every
+
+
+def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    make: Any = torch.optim.AdamW
+    if config.optimizer == "lamb":
+        from timm.optim import Lamb as make
+    return make(parameters, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay)
 
 
 def _warmup_cosine(step: int, config: TrainConfig) -> float:

@@ -153,6 +153,15 @@ def strokes(split: str) -> tuple[Tensor, Tensor]:
     return F.pad(grey, (2, 2, 2, 2)), torch.from_numpy(labels[index].astype(np.int64))
 
 
+def label_maps(split: str, stroke: Tensor) -> Tensor:
+    """Label maps (B, 32, 32) int64 of strokes, by their numbers in a `DigitBatch` without augmentation: 0 paper, 1 + d digit d.
+
+    Ink is where the stroke's grey value is above 0.5.
+    """
+    grey, labels = strokes(split)
+    return (grey[stroke] > 0.5) * (1 + labels[stroke])[:, None, None]
+
+
 def draw(split: str, count: int, *, seed: int = 0, augment: str = "none") -> DigitBatch:
     """`count` coloured digits of a split: random strokes, inks and papers (never the same colour twice).
 

@@ -134,6 +134,29 @@ def fit_picture(image: Image.Image, size: tuple[int, int]) -> Tensor:
     Scaled by antialiased bicubic interpolation until it covers the size, then cut to its centre, as torchvision's `Resize` and
     `CenterCrop` do.
     """
+    pixels = torch.from_numpy(np.asarray(_cover(image, size, Image.Resampling.BICUBIC)).copy()).reshape(*size, -1)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def fit_mask(file: Path, size: tuple[int, int]) -> Tensor:
+    """A label map (H, W) int64 of `size` from a picture whose grey values or palette indices are classes; cut as by `fit_picture`.
+
+    Raises:
+        ValueError: no image, or one in colours; the message names the file.
+    """
+    try:
+        with Image.open(file) as image:
+            image.load()
+            if image.mode not in ("L", "P", "1"):
+                raise ValueError(f"its mode is {image.mode}, but a label map has grey values or a palette")
+            labels = Image.fromarray(np.asarray(image).astype(np.uint8))
+    except Exception as error:  # decoders of damaged files raise almost anything
+        raise ValueError(f"The label map {str(file)!r} cannot be read ({str(error) or type(error).__name__}).") from error
+    return torch.from_numpy(np.asarray(_cover(labels, size, Image.Resampling.NEAREST)).astype(np.int64))
+
+
+def _cover(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """A picture scaled until it covers a size (H, W), then cut to its centre."""
     height, width = size
     # Only what will be kept is computed, so that a long thin picture does not become a huge one.
     tall, wide = height, image.width * height // image.height
@@ -142,6 +165,4 @@ def fit_picture(image: Image.Image, size: tuple[int, int]) -> Tensor:
     top, left = round((tall - height) / 2), round((wide - width) / 2)
     x, y = image.width / wide, image.height / tall
     box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))
-    fitted = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    pixels = torch.from_numpy(np.asarray(fitted).copy()).reshape(height, width, -1)
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    return image if image.size == (width, height) else image.resize((width, height), resample, box=box)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.data.pictures import find_pictures, fit_picture, picture_size, read_picture
+from genkit.data.pictures import find_pictures, fit_mask, fit_picture, picture_size, read_picture
 
 COLORINGS = 4  # how often each handwritten digit appears, in other colours
 
@@ -29,6 +29,8 @@ class ImageSource:
         labels: a class name or index for each row, or None.
         names: what each row is called: its file's path below the folder, or the number of the handwritten digit.
         sizes: `row -> (height, width)` of its picture, or None if they are not known.
+        masks: `(rows, (height, width)) -> label maps (B, H, W)` int64, a class for each pixel, 255 where there is none; or None.
+        masked: for each row whether it has a label map, or None.
     """
 
     name: str
@@ -38,6 +40,8 @@ class ImageSource:
     labels: list[str | int] | None = None
     names: list[str] | None = None
     sizes: Callable[[int], tuple[int, int]] | None = None
+    masks: Callable[[Sequence[int], tuple[int, int]], Tensor] | None = None
+    masked: list[bool] | None = None
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -50,16 +54,17 @@ class ImageSource:
         """The source of some of its rows."""
         picked: dict[str, Any] = {
             field: None if (values := getattr(self, field)) is None else [values[row] for row in rows]
-            for field in ("groups", "captions", "labels", "names")
+            for field in ("groups", "captions", "labels", "names", "masked")
         }
-        load, sizes = self.load, self.sizes
+        load, sizes, masks = self.load, self.sizes, self.masks
         return dataclasses.replace(
             self, load=lambda chosen, size: load([rows[i] for i in chosen], size),
-            sizes=None if sizes is None else lambda i: sizes(rows[i]), **picked,
+            sizes=None if sizes is None else lambda i: sizes(rows[i]),
+            masks=None if masks is None else lambda chosen, size: masks([rows[i] for i in chosen], size), **picked,
         )  # fmt: skip
 
 
-def open_source(name: str | Path, count: int | None = None) -> ImageSource:
+def open_source(name: str | Path, count: int | None = None, *, masks: str | Path | None = None) -> ImageSource:
     """The source of a name: "digits" (the training digits), "digits-test" (the held-out ones), or a folder of images.
 
     A folder's captions come from `metadata.jsonl` ({"file_name": ..., "text": ...} on each line, as Hugging Face has it) or from
@@ -67,9 +72,11 @@ def open_source(name: str | Path, count: int | None = None) -> ImageSource:
 
     Args:
         count: rows wanted; a folder with fewer images is repeated.
+        masks: folder of label maps of a folder's images, as far as there are any: for a/b.jpg the picture a/b.png, whose grey
+            values or palette indices are classes, 255 for none. Digits have their own, see `genkit.data.digits.label_maps`.
 
     Raises:
-        ValueError: no such source, a folder without images, or captions for some images only.
+        ValueError: no such source, a folder without images, captions for some images only, or a folder without label maps.
     """
     if str(name) == "digits":
         return _digits("train", count or 4000 * COLORINGS)
@@ -78,7 +85,8 @@ def open_source(name: str | Path, count: int | None = None) -> ImageSource:
     folder = Path(name)
     if not folder.is_dir():
         raise ValueError(f"There is no data {str(name)!r}. Give 'digits', 'digits-test' or a folder of images.")
-    return _folder(folder, count)
+    source = _folder(folder, count)
+    return source if masks is None else _with_masks(source, Path(masks))
 
 
 def _digits(split: str, count: int) -> ImageSource:
@@ -99,8 +107,13 @@ def _digits(split: str, count: int) -> ImageSource:
     labels: list[str | int] = [digits.DIGITS[digit] for digit in batch.digit.tolist()]
     strokes = batch.stroke.tolist()
     names = [f"{split} digit {stroke}" for stroke in strokes]
+
+    def masks(rows: Sequence[int], size: tuple[int, int]) -> Tensor:
+        maps = digits.label_maps(split, batch.stroke[list(rows)])
+        return torch.nn.functional.interpolate(maps[:, None].float(), size, mode="nearest-exact")[:, 0].long()
+
     return ImageSource("digits" if split == "train" else f"digits-{split}", load, strokes, captions, labels, names,
-                       lambda row: (digits.SIZE, digits.SIZE))  # fmt: skip
+                       lambda row: (digits.SIZE, digits.SIZE), masks, [True] * count)  # fmt: skip
 
 
 def _folder(folder: Path, count: int | None) -> ImageSource:
@@ -118,6 +131,19 @@ def _folder(folder: Path, count: int | None) -> ImageSource:
         None if captions is None else [captions[i] for i in groups], None if labels is None else [labels[i] for i in groups],
         [files[i].relative_to(folder).as_posix() for i in groups], lambda row: picture_size(files[groups[row]]),
     )  # fmt: skip
+
+
+def _with_masks(source: ImageSource, folder: Path) -> ImageSource:
+    """A folder's source with the label maps of another folder."""
+    files = [(folder / name).with_suffix(".png") for name in source.names or []]
+    masked = [file.is_file() for file in files]
+    if not any(masked):
+        raise ValueError(f"{str(folder)!r} has no label maps of {source.name!r}: there is no {files[0].name}, for instance.")
+
+    def masks(rows: Sequence[int], size: tuple[int, int]) -> Tensor:
+        return torch.stack([fit_mask(files[row], size) for row in rows])
+
+    return dataclasses.replace(source, masks=masks, masked=masked)
 
 
 def _captions(folder: Path, files: list[Path]) -> list[str] | None:
