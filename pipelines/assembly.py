@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -173,7 +174,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
                 poses = (given if given.ndim == 4 else given[None]).double()
             else:
                 poses = torch.stack([scattered(parts, template, mix(seed, h)) for h in share])
-            history = [poses]
+            history = [*(step.expand_as(poses) for step in searcher.trace), poses]
             if levels:
                 stage("refine", 0.5)
                 seeds = [mix(seed, h) for h in range(k, k + len(templates) * len(poses), len(templates))]
@@ -202,6 +203,23 @@ class PartAssemblyPipeline(DiffusionPipeline):
                 out[name] = out[name].numpy()
             out["scores"] = {key: value.numpy() for key, value in out.scores.items()}
         return out if return_dict else out.to_tuple()
+
+    @classmethod
+    def from_zoo(cls, model: str) -> PartAssemblyPipeline:
+        """Load an embedded model by name, or a folder.
+
+        Raises:
+            ValueError: no such model, or a folder that is damaged or holds pickles.
+        """
+        from genkit import zoo
+        from genkit.checkpoints import check_folder
+        from genkit.errors import unknown
+
+        folder = zoo.path(model) if model in zoo.names() else Path(model).expanduser()
+        if not folder.is_dir():
+            raise unknown("model", model, zoo.names())
+        check_folder(folder)
+        return cls.from_pretrained(str(folder), use_safetensors=True)
 
     def generate_templates(self, count: int, category: str | int | None, *, steps: int = 20, seed: int = 0) -> Tensor:
         """Clouds (count, 4096, 3) of the model, of unit standard deviation; cloud i is a function of (seed, i)."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from genkit.assembly.nearest_grid import NearestGrid, Surface
 from genkit.assembly.rigid import kabsch, pose_matrix, quaternion_to_matrix, transform
-from genkit.assembly.symmetry import Symmetry, axis_rotation, cube_rotations
+from genkit.assembly.symmetry import Symmetry, cube_rotations
 
 SCORE_POINTS, ICP_POINTS, COARSE_POINTS = 256, 128, 64
 PER_ROTATION = 16  # placements of each rotation that go on, at least
@@ -120,12 +120,8 @@ class Anchors:
         for _ in range(count - 1):
             chosen.append(int(distance.argmax()))
             distance = distance.minimum((x - x[chosen[-1]]).norm(dim=-1))
-        group = symmetry.rotations
-        if symmetry.revolution is not None:
-            turns = axis_rotation(symmetry.revolution, torch.arange(6, dtype=torch.float64) * (math.pi / 3))
-            group = (group[:, None] @ turns).flatten(0, 1)
         self.points = x[chosen]
-        self.images = torch.einsum("gij,nj->gni", group.to(x), self.points)
+        self.images = torch.einsum("gij,nj->gni", symmetry.sampled(6).to(x), self.points)
 
     def apart(self, poses: Tensor, scores: Tensor, keep: int, radius: float) -> Tensor:
         """Rows of the poses (K, 4, 4) to keep, by ascending score (K,): at most `keep`, each `radius` (r.m.s.) from the others."""

@@ -7,11 +7,11 @@
 Lengths are in units of the longest side of a part. CD sums the mean *squared* distances of both directions, so 0.01 is a distance
 of 0.07 for a part that is displaced.
 
-`strict` (the default) matches every class of geometry, counts parts that are there, mirrors contact points only along axes in
-which a part is symmetric, and takes one assembly. `dgl` (Huang et al. 2020, arXiv 2006.07793) never matches the class with id 0,
-divides SCD by 20 parts whatever there is (padding lies away from the shape, at one place in both), mirrors 5 of 8 ways whatever
-the part, and takes the best of k assemblies, measure by measure. `mpa` (multi_part_assembly) takes one assembly, the parts that
-are there and all 8 mirrors.
+`strict` (the default) matches every class of geometry, counts parts that are there, lets a contact point stand for its images under
+the part's own symmetries alone, and takes one assembly. `dgl` (Huang et al. 2020, arXiv 2006.07793) never matches the class with
+id 0, divides SCD by 20 parts whatever there is (padding lies away from the shape, at one place in both), mirrors 5 of 8 ways
+whatever the part, and takes the best of k assemblies, measure by measure. `mpa` (multi_part_assembly) takes one assembly, the
+parts that are there and all 8 mirrors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from genkit.assembly.distances import chamfer, nearest
 from genkit.assembly.equivalence import match_parts
 from genkit.assembly.parts import PartSet
 from genkit.assembly.rigid import transform
-from genkit.assembly.symmetry import best_turn, mirror_axes
+from genkit.assembly.symmetry import Symmetry, best_turn, mirror_axes
 from genkit.errors import unknown
 
 PROTOCOLS = ("strict", "dgl", "mpa")
@@ -35,6 +35,7 @@ TOUCHING = 1e-3  # squared distance of parts that touch
 DGL_PARTS = 20  # that a shape is padded to
 # The reference flips signs in place, so that it meets these of the eight only.
 DGL_MIRRORS = ((1, 1, 1), (1, 1, -1), (1, -1, -1), (-1, 1, 1), (-1, -1, -1))
+MIN_POINTS = 100  # of half a part, to see its symmetry
 MIRRORS = tuple(itertools.product((1, -1), repeat=3))
 
 
@@ -143,11 +144,10 @@ def _connectivity(poses: Tensor, parts: PartSet, contacts: Tensor, match: list[i
         return float("nan")
     if protocol == "strict":
         poses = _poses_of_true(poses, parts, match)
+    images = [_images(parts, p, protocol) for p in range(len(parts))]
     met = []
     for i, j in touching.nonzero().tolist():
-        ends = [
-            (contacts[p, q, 1:] * _mirrors(parts, p, protocol)) @ poses[p, :3, :3].T + poses[p, :3, 3] for p, q in ((i, j), (j, i))
-        ]
+        ends = [(images[p] @ contacts[p, q, 1:]) @ poses[p, :3, :3].T + poses[p, :3, 3] for p, q in ((i, j), (j, i))]
         # Where only one direction is labelled, as the pair's second label is missing, the pair cannot be judged and counts as
         # apart.
         both = bool(touching[j, i])
@@ -166,11 +166,15 @@ def _poses_of_true(poses: Tensor, parts: PartSet, match: list[int]) -> Tensor:
     return placed
 
 
-def _mirrors(parts: PartSet, p: int, protocol: str) -> Tensor:
-    """Signs (k, 3) of the mirror images of a contact point on part p."""
-    if protocol == "strict":
-        half = parts.points.shape[1] // 2
-        known = mirror_axes(parts.points[p, :half], parts.points[p, half:]) if parts.mirrors is None else parts.mirrors[p]
-        flips = [(1, -1) if symmetric else (1,) for symmetric in known.tolist()]
-        return torch.tensor(list(itertools.product(*flips)), dtype=torch.float64)
-    return torch.tensor(DGL_MIRRORS if protocol == "dgl" else MIRRORS, dtype=torch.float64)
+def _images(parts: PartSet, p: int, protocol: str) -> Tensor:
+    """Linear maps (k, 3, 3) to the places on part p that count as one contact point."""
+    if protocol != "strict":
+        return torch.diag_embed(torch.tensor(DGL_MIRRORS if protocol == "dgl" else MIRRORS, dtype=torch.float64))
+    half = parts.points.shape[1] // 2
+    a, b = parts.points[p, :half].double(), parts.points[p, half : 2 * half].double()
+    known = mirror_axes(a, b) if parts.mirrors is None else parts.mirrors[p]
+    flips = itertools.product(*[(1, -1) if symmetric else (1,) for symmetric in known.tolist()])
+    mirrors = torch.diag_embed(torch.tensor(list(flips), dtype=torch.float64))
+    if half < MIN_POINTS:
+        return mirrors
+    return (Symmetry.of(a, b).sampled()[:, None] @ mirrors).flatten(0, 1)

@@ -2,7 +2,9 @@
 
 1. Candidates of each shape, from everywhere (`candidates`).
 2. One candidate of each part so that together they make the template (`selection`): many orders, then pairs.
-3. The best choices are settled (`settle`), and each part is put anew where the energy is least while the others stay.
+3. The best choices are settled (`settle`), each part is put anew where the energy is least while the others stay, and parts that
+could
+   be taken for each other change places.
 4. What was found joins the candidates, and steps 2 and 3 are repeated.
 
 Nothing depends on the pose that a part came in, or on the order of the parts: they are put in the order of their content first.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 from collections.abc import Callable
 
@@ -29,6 +32,9 @@ from genkit.assembly.surfaces import Shape, part_surface, shapes_of
 from genkit.assembly.symmetry import box_rotations
 from genkit.noise import mix
 
+_ALIKE = 0.2  # boxes that differ less may be taken for each other
+_SAME_SCALE = (0.6, 1.6)  # a scan may lack hidden faces, and its area is an estimate; other units differ by more
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchConfig:
@@ -43,6 +49,7 @@ class SearchConfig:
         beam: assemblies that go on.
         rounds: of choosing, settling and putting anew.
         renewed: of the beam, how many have their parts put anew.
+        exchanges: pairs of parts that are tried in each other's place, in each round.
         tau: distances are cut off here.
         width: of the density of surface.
         density_weight: of the energy's third term.
@@ -53,14 +60,15 @@ class SearchConfig:
         ValueError: a value that is not positive.
     """
 
-    candidates: int = 400
-    rotations: int = 576
+    candidates: int = 256
+    rotations: int = 384
     voxel: float = 0.04
     radius: float = 0.05
     starts: int = 24
     beam: int = 8
-    rounds: int = 3
+    rounds: int = 2
     renewed: int = 2
+    exchanges: int = 8
     tau: float = 0.1
     width: float = 0.03
     density_weight: float = 1e-3
@@ -121,11 +129,13 @@ class Search:
         self.parts, self.config = parts[self.order], config or SearchConfig()
         self.tell = on_stage or (lambda name, share: None)
         self.generator = torch.Generator().manual_seed(mix(seed, 1))
+        self.trace: list[Tensor] = []  # the best assembly (P, 4, 4) after each stage of `run`
         self.shapes = shapes_of(self.parts, [part_surface(self.parts, i) for i in range(len(parts))])
         self.shape_of = [0] * len(parts)
         for k, shape in enumerate(self.shapes):
             for i in shape.members:
                 self.shape_of[i] = k
+        self.rivals = self._rivals()
         self._prepare(template)
 
     def _prepare(self, template: Surface) -> None:
@@ -160,9 +170,16 @@ class Search:
             beam = self._best(torch.cat([beam, self._select()]), config.beam)
             self.tell("settle", share + 0.25 / config.rounds)
             beam = self._best(torch.cat([beam, self._renew(beam[: config.renewed])]), 4 * config.beam)
+            self.trace += self._in_frames(beam[:1])
             if turn < config.rounds - 1:
                 self._learn(beam)
         self.tell("finish", 0.95)
+        for _ in range(config.rounds):
+            better = self._best(torch.cat([beam, self._renew(beam[:1])]), 4 * config.beam)
+            if torch.equal(better[0], beam[0]):
+                break
+            beam = better
+            self.trace += self._in_frames(beam[:1])
         poses, energy = self.exact.settle(beam[:keep], 8)
         best = energy.argsort(stable=True)
         self.tell("finish", 1.0)
@@ -197,26 +214,52 @@ class Search:
         found = []
         for poses in assemblies:
             for p in torch.randperm(len(self.parts), generator=self.generator).tolist():
-                poses = self.quick.replace(poses, p, self.pools[self.shape_of[p]].poses)
-            found.append(self.quick.settle(poses, 4)[0])
+                poses = self.quick.replace(poses, p, self._places(poses[p], p))
+            poses, energy = self.quick.settle(poses, 4)
+            found.append(poses if len(found) else self._exchange(poses, energy))
         return torch.stack(found)
+
+    def _exchange(self, poses: Tensor, energy: Tensor) -> Tensor:
+        """Parts of about the same box change places, where that is better; no move of one part alone leads there."""
+        for p, q in self.rivals:
+            tried = self.quick.replace(poses, p, poses[q] @ self._flips(p), away=q)
+            tried = self.quick.replace(tried, q, self._places(poses[p], q))
+            tried = self.quick.replace(tried, p, self._places(tried[p], p))
+            tried, reached = self.quick.settle(tried, 4)
+            if reached < energy:
+                poses, energy = tried, reached
+        return poses
+
+    def _places(self, pose: Tensor, p: int) -> Tensor:
+        """Where part p may go: a pose, its box turned there in all ways, and the candidates."""
+        return torch.cat([pose @ self._flips(p), self.pools[self.shape_of[p]].poses])
+
+    def _flips(self, p: int) -> Tensor:
+        """Rotations (k, 4, 4) of the box of part p's shape to itself."""
+        turns = box_rotations(self._box(p), 0.03).float()
+        return pose_matrix(turns, torch.zeros(len(turns), 3))
+
+    def _box(self, p: int) -> Tensor:
+        return self.parts.extents[self.shapes[self.shape_of[p]].members[0]].double()
+
+    def _rivals(self) -> list[tuple[int, int]]:
+        """Pairs of parts of different shapes and about the same box, the most alike first."""
+        pairs = itertools.combinations(range(len(self.parts)), 2)
+        apart = {(p, q): float((self._box(p) - self._box(q)).abs().max()) for p, q in pairs if self.shape_of[p] != self.shape_of[q]}
+        return sorted((pair for pair in apart if apart[pair] < _ALIKE), key=apart.__getitem__)[: self.config.exchanges]
 
     def _best(self, assemblies: Tensor, count: int) -> Tensor:
         return assemblies[self.quick.energy(assemblies).argsort(stable=True)[:count]]
 
     def _learn(self, beam: Tensor) -> None:
         """What the beam has joins the candidates: of a shape's own parts, and, for exchanges, of shapes with about the same box."""
-        for k, (shape, pool) in enumerate(zip(self.shapes, self.pools, strict=True)):
+        for shape, pool in zip(self.shapes, self.pools, strict=True):
             more = [beam[:, i] for i in shape.members]
-            mine = self.parts.extents[shape.members[0]]
+            first = shape.members[0]
             for other in self.shapes:
-                theirs = self.parts.extents[other.members[0]]
-                if other is not shape and (mine - theirs).abs().max() < 0.15:
-                    turns = box_rotations(mine.double(), 0.03).float()
-                    flips = pose_matrix(turns, torch.zeros(len(turns), 3))
-                    more += [(beam[:3, i, None] @ flips).flatten(0, 1) for i in other.members]
+                if other is not shape and (self._box(first) - self._box(other.members[0])).abs().max() < _ALIKE:
+                    more += [(beam[:3, i, None] @ self._flips(first)).flatten(0, 1) for i in other.members]
             pool.add(torch.cat(more), radius=0.01)
-            self.pools[k] = pool
 
     def _in_frames(self, poses: Tensor) -> Tensor:
         """From poses of the shapes to poses of the parts' own frames, in the order of the input."""
@@ -247,6 +290,20 @@ def content_order(parts: PartSet) -> list[int]:
 
 
 def scale_of(parts: PartSet, template: Surface) -> float:
-    """How many times larger than the parts the template is, by areas; 1 where it is about as large (hidden faces may lack)."""
-    scale = math.sqrt(float(template.areas.sum()) / float(parts.areas.sum()))
-    return 1.0 if 0.75 < scale < 1.3 else scale
+    """How many times larger than the parts a template is that may be a scan of them; 1 where it is about as large."""
+    scale = area_scale(parts, template)
+    return 1.0 if _SAME_SCALE[0] < scale < _SAME_SCALE[1] else scale
+
+
+def area_scale(parts: PartSet, template: Surface) -> float:
+    """How many times larger than the parts a template is, by areas.
+
+    The area of a cloud is estimated, and comes out too small where boards are thinner than its points are apart (to a quarter on
+    some furniture); so the parts' area is estimated from samples that are as sparse.
+    """
+    total, shown = float(parts.areas.sum()), 0.0
+    for i, area in enumerate(parts.areas.tolist()):
+        surface = part_surface(parts, i)
+        count = min(len(surface), max(32, round(len(template) * area / total)))
+        shown += float(Surface(surface.points[:count], surface.normals[:count]).areas.sum())
+    return math.sqrt(float(template.areas.sum()) / shown)

@@ -91,19 +91,26 @@ class Settler:
         b = lies * (HOLD * self.residual_weight * self.shares[:, None] / self.x.shape[1])
         return _solve(self.x.expand_as(y), y, torch.where(lies[..., None], target, y), b, near, self.template, owns, a)
 
-    def replace(self, poses: Tensor, p: int, candidates: Tensor, *, shortlist: int = 24, steps: int = 4) -> Tensor:
+    def replace(
+        self, poses: Tensor, p: int, candidates: Tensor, *, away: int | None = None, shortlist: int = 24, steps: int = 4
+    ) -> Tensor:
         """The assembly (P, 4, 4) with part p put where the energy is least: the best of some candidates (K, 4, 4), each settled.
 
         Candidates lie on a grid, so where a part belongs may look worse than where it does not; settling them before they are
         compared mends that.
+
+        Args:
+            away: a part that is taken out meanwhile; p then leaves its place for one of the candidates.
         """
         _, squared, density = self.covers(poses)
-        others = [q for q in range(len(poses)) if q != p]
-        base = squared[others].amin(0), density[others].sum(0)
-        tried = torch.cat([poses[p : p + 1], candidates])
+        others = [q for q in range(len(poses)) if q not in (p, away)]
+        limit = squared.new_full(squared[:1].shape, self.grid.tau**2)
+        base = torch.cat([squared[others], limit]).amin(0), density[others].sum(0)
+        tried = candidates if away is not None else torch.cat([poses[p : p + 1], candidates])
         energy = self._alone(tried, p, *base, every=4)[0]
-        best = energy[1:].topk(min(shortlist, len(candidates)), largest=False).indices + 1
-        tried = torch.cat([tried[:1], tried[best]])
+        if away is None:
+            energy[0] = -torch.inf  # where it is now is compared too
+        tried = tried[energy.topk(min(shortlist + 1, len(tried)), largest=False).indices]
         found, least = tried, None
         for step in range(steps + 1):
             energy, matches = self._alone(tried, p, *base)

@@ -109,6 +109,13 @@ class Symmetry:
     def __len__(self) -> int:
         return len(self.rotations)
 
+    def sampled(self, turns: int = 12) -> Tensor:
+        """The group (k, 3, 3), float64, a revolution as so many turns."""
+        if self.revolution is None:
+            return self.rotations
+        spun = axis_rotation(self.revolution, torch.arange(turns, dtype=torch.float64) * (2 * torch.pi / turns))
+        return (self.rotations[:, None] @ spun).flatten(0, 1)
+
     def error(self, predicted: Tensor, true: Tensor) -> Tensor:
         """Angle (...) in radians between rotations (..., 3, 3), the least over the symmetries."""
         if self.revolution is None:
