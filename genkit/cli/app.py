@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from genkit.cli.assemble import assemble
+from genkit.cli.assemble_eval import assemble_eval
 from genkit.cli.attention import attention
 from genkit.cli.classify import classify
 from genkit.cli.detect import detect
@@ -13,6 +15,7 @@ from genkit.cli.distill import distill
 from genkit.cli.doctor import doctor
 from genkit.cli.export import export
 from genkit.cli.features import features
+from genkit.cli.make_furniture import make_furniture
 from genkit.cli.sample import sample
 from genkit.cli.synth import synth
 from genkit.cli.train import train
@@ -51,6 +54,9 @@ def genkit(
 app.command()(sample)
 app.command()(classify)
 app.command()(detect)
+app.command()(assemble)
+app.command("assemble-eval")(assemble_eval)
+app.command("make-furniture")(make_furniture)
 app.command()(features)
 app.command()(synth)
 app.add_typer(train, name="train")
