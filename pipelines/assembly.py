@@ -215,7 +215,8 @@ class PartAssemblyPipeline(DiffusionPipeline):
         from genkit.checkpoints import check_folder
         from genkit.errors import unknown
 
-        folder = zoo.path(model) if model in zoo.names() else Path(model).expanduser()
+        known = model in zoo.names() or model in zoo.TRAINABLE
+        folder = zoo.path(model) if known else Path(model).expanduser()
         if not folder.is_dir():
             raise unknown("model", model, zoo.names())
         check_folder(folder)

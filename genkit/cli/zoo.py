@@ -142,6 +142,7 @@ def _train(name: str, folder: Path, **arguments: Any) -> None:
     scripts = {
         "autoencoder": "autoencoder", "digits": "digits", "digits-turbo": "turbo", "digits-noisy-classifier": "noisy_classifier",
         "digits-discriminator": "discriminator", "scenes": "scenes", "scenes-prior": "layout_prior",
+        "furniture": "furniture",
     }  # fmt: skip
     if name in scripts:
         import_module(f"genkit.zoo.training.{scripts[name]}").train(folder, **arguments)

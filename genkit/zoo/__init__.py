@@ -23,6 +23,7 @@ TRAINABLE = {
     "digits-turbo": "few-step student of `digits`, 1 to 4 steps without classifier-free guidance",
     "scenes": "layout-to-image latent diffusion of 64 x 64 scenes with several handwritten digits and their boxes",
     "scenes-prior": "which layouts of scenes are likely: a diffusion model of classes and boxes",
+    "furniture": "clouds of chairs, tables, lamps and cabinets: the templates that parts are assembled on",
     "digits-judge": "independent classifier of digit, ink and paper; only ever measures",
 }
 
