@@ -104,18 +104,22 @@ class DreamTeacherConfig:
     def preset(cls, name: str, **changes: Any) -> DreamTeacherConfig:
         """The settings of a preset, then `changes` that are not None; those of `train` by their own names.
 
+        With other `steps` the warm-up keeps its share of them, and the main text's learning rate follows the batch.
+
         Raises:
             ValueError: an unknown preset or value.
         """
         if name not in PRESETS:
             raise unknown("preset", name, PRESETS)
-        loop = {field.name for field in dataclasses.fields(TrainConfig)}
+        names = {field.name for field in dataclasses.fields(TrainConfig)}
         given = {key: value for key, value in changes.items() if value is not None}
-        own = {key: given.pop(key) for key in list(given) if key in loop}
+        own = {key: given.pop(key) for key in list(given) if key in names}
         preset = PRESETS[name]
-        if name == "main-text" and "lr" not in own:
-            own["lr"] = 2e-4 * own.get("batch_size", preset.train.batch_size) / 256
-        return dataclasses.replace(preset, **given, train=dataclasses.replace(preset.train, **own))
+        loop = preset.train
+        own.setdefault("warmup", loop.warmup * own.get("steps", loop.steps) // loop.steps)
+        if name == "main-text":
+            own.setdefault("lr", 2e-4 * own.get("batch_size", loop.batch_size) / 256)
+        return dataclasses.replace(preset, **given, train=dataclasses.replace(loop, **own))
 
 
 # The paper disagrees with itself: its main text has a peak learning rate of 2e-4 * batch / 256, its appendix 4e-3; its ablation

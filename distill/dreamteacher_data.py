@@ -42,7 +42,7 @@ class Pictures:
         buckets: rows of each shape; there is one.
 
     Raises:
-        ValueError: latents of another latent space, or a teacher that takes no RGB pictures.
+        ValueError: latents of another latent space or size, or a teacher that takes no RGB pictures.
 
     Example:
         >>> pictures = Pictures(open_source("digits"), pipe.denoiser, (64, 64), Path("run/data"))
@@ -74,6 +74,12 @@ class Pictures:
             if differs:
                 raise ValueError(
                     f"The data in {str(self.latents.folder)!r} is of another latent space than the teacher: {differs}."
+                )
+            own = (channels, height, width)
+            if self.latents.shapes != [own]:
+                there = ", ".join(map(str, self.latents.shapes))
+                raise ValueError(
+                    f"The data has samples of shape {there}, but the teacher's features are those of {own}. Make others."
                 )
             self.identity = f"{len(self.latents)} samples, {identity(settings_of(self.latents.record))}"
             return

@@ -298,7 +298,7 @@ def test_label_maps_of_a_folder(photos: Path) -> None:
     maps, names = labels_of(source, rows, (16, 16), dense=True)
     assert (maps.shape, names) == ((4, 16, 16), ["0", "1", "2"])
     whole = source.masks([rows[0]], (20, 24))[0]
-    assert torch.equal(whole, torch.from_numpy(np.asarray(Image.open(photos / "masks" / source.names[rows[0]]))).long())
+    assert torch.equal(whole, torch.from_numpy(np.array(Image.open(photos / "masks" / source.names[rows[0]]))).long())
     with pytest.raises(ValueError, match="has 2 labelled pictures of 'bright', but 3 are wanted"):
         labelled_rows(source, 6, 0, dense=True)
     with pytest.raises(ValueError, match="has no label maps of 'photos'"):
@@ -317,6 +317,9 @@ def test_samples_of_the_teacher_are_decoded(tmp_path: Path) -> None:
     assert not (tmp_path / "unused").exists()
     with pytest.raises(ValueError, match="of another latent space than the teacher: it has"):
         Pictures(LatentDataset(tmp_path / "synth"), denoiser_of("sd3"), (32, 32), tmp_path)
+    larger = data_of(denoiser, tmp_path / "larger", count=4, shapes=[(4, 16, 16)])
+    with pytest.raises(ValueError, match=r"samples of shape \(4, 16, 16\), but the teacher's features are those of \(4, 8, 8\)"):
+        Pictures(larger, denoiser, (32, 32), tmp_path)
 
 
 def ranks_of(index: int, world: int) -> Any:
@@ -423,6 +426,7 @@ def test_presets_are_both_sides_of_what_the_paper_says_twice() -> None:
     assert DreamTeacherConfig.preset("main-text", batch_size=2048, lr=1e-3).train.lr == 1e-3
     assert (PRESETS["appendix"].t, PRESETS["ablation"].t, PRESETS["imagenet"].t) == ((50,), (250,), (150,))
     assert DreamTeacherConfig.preset("imagenet", t=(90,)).train.optimizer == "lamb"
+    assert DreamTeacherConfig.preset("appendix", steps=400).train.warmup == 80
     assert all(preset.train.betas == (0.9, 0.95) and preset.train.weight_decay == 0.05 for preset in PRESETS.values())
 
 
