@@ -89,7 +89,7 @@ class GligenDenoiser(StableDiffusionDenoiser):
         if wrong or most > SLOTS:
             problem = f"has the label {wrong[0]!r}" if wrong else f"has {most} objects"
             raise ValueError(f"A layout {problem}, but GLIGEN takes at most {SLOTS} objects with a phrase each.")
-        known = list(dict.fromkeys(phrases))
+        known = list(dict.fromkeys(map(str, phrases)))
         table = self._phrases(known) if known else torch.zeros(1, self.network.config.cross_attention_dim, device=self.device)
         boxes, embeds = table.new_zeros(len(layouts), SLOTS, 4), table.new_zeros(len(layouts), SLOTS, table.shape[1])
         present = table.new_zeros(len(layouts), SLOTS)

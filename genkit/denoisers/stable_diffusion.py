@@ -5,7 +5,7 @@ Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, 20
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class StableDiffusionDenoiser(TextDenoiser):
     family = "Stable Diffusion"
     classes = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
     inputs = ("prompt_embeds",)
-    cross_attended = ("prompt_embeds",)
+    cross_attended: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     options = ()
 
     def _encode(self, prompts: list[str], negative: bool, options: dict[str, Any]) -> dict[str, Tensor]:

@@ -118,7 +118,16 @@ class TestZoo:
         assert "genkit zoo train" in run("zoo", "list").stdout
 
     def test_train_calls_the_script(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from genkit.zoo.training import autoencoder, classifier, digits, discriminator, layout_prior, noisy_classifier, scenes, turbo
+        from genkit.zoo.training import (
+            autoencoder,
+            classifier,
+            digits,
+            discriminator,
+            layout_prior,
+            noisy_classifier,
+            scenes,
+            turbo,
+        )
 
         calls = []
         monkeypatch.setattr(scenes, "train", lambda *a, **k: calls.append(("scenes", a, k)))

@@ -1,0 +1,171 @@
+"""Detection by inversion of `scenes`, which was never trained to detect: average precision on held-out scenes, by evaluations.
+
+    python benchmarks/detection.py [--model scenes] [--prior scenes-prior] [--detector FOLDER] [--count 200] [--only TEXT]
+        [--part I/N] [--out benchmarks/results/detection.json] [--picture FILE]
+
+    mixed       200 scenes of test digits as `genkit.data.scenes` draws them, every fifth crowded
+    crowded     200 scenes of 4 or 5 digits whose boxes may overlap, with the prior of layouts and without
+    cheaper     the mixed ones with fewer pairs and steps: accuracy against evaluations
+    baseline    FCOS, trained to detect on the scenes that the model was trained to draw, see benchmarks/detector.py
+
+COCO's figures, by pycocotools. Seconds are CPU time of one thread on a CPU. Each scene is kept in a file beside --out as soon as it
+is done; processes with --part 0/2 and 1/2 share the work, and the last run prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes, make_grid
+from turbo import fingerprint
+
+from genkit import zoo
+from genkit.data import scenes
+from genkit.data.coco import annotation_document, pixels
+from genkit.files import write_atomic
+from genkit.images import save_png
+from genkit.inversion.layout_search import LayoutSearch
+from genkit.journal import Journal
+from genkit.measuring import seconds
+from genkit.metrics.detection import average_precision
+from genkit.pipelines import LayoutInversionPipeline, LayoutPriorPipeline
+from genkit.pipelines.detection import PLAN
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A row of the table."""
+
+    kind: str = "mixed"
+    split: str = "test"
+    prior: bool = True
+    search: LayoutSearch = dataclasses.field(default_factory=LayoutSearch)
+    pairs: int = PLAN.count
+
+
+CASES = {
+    "mixed": Case(),
+    "mixed, no prior": Case(prior=False),
+    "crowded": Case("crowded"),
+    "crowded, no prior": Case("crowded", prior=False),
+    "mixed, half the pairs": Case(search=LayoutSearch(few=3, some=8), pairs=16),
+    "mixed, a quarter of the pairs": Case(search=LayoutSearch(few=2, some=4, steps=6), pairs=8),
+}
+
+
+def settings(case: Case, model: str) -> dict[str, Any]:
+    """What decides the results, for the journal."""
+    return {"model": fingerprint(model), **dataclasses.asdict(case)}
+
+
+def run(case: Case, name: str, pipe: LayoutInversionPipeline, prior: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Records of all scenes that are done; does those of this part that are missing."""
+    index, parts = options.part
+    folder = options.out.parent / "detection"
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal(folder / f"{name.replace(' ', '-').replace(',', '')}.jsonl", settings(case, options.model), index)
+    records = {record["scene"]: record for record in journal.records()}
+    batch = scenes.draw(case.split, options.count, kind=case.kind)
+    plan = dataclasses.replace(PLAN, count=case.pairs)
+    for i in range(index, options.count, parts):
+        if i in records:
+            continue
+        found: list[Any] = []
+
+        def detect(image: Tensor = batch.images[i], found: list[Any] = found) -> None:
+            found += pipe(image, prior=prior if case.prior else None, search=case.search, plan=plan).detections
+
+        time = seconds(detect)
+        labels = [scenes.CLASSES.index(label) for label in found[0].layout.labels]
+        record = {
+            "scene": i, "labels": labels, "boxes": [list(box) for box in found[0].layout.boxes], "scores": found[0].scores,
+            "gains": found[0].gains, "evaluations": found[0].evaluations, "seconds": time,
+        }  # fmt: skip
+        journal.append(record)
+        records[i] = record
+    return [records[i] for i in sorted(records) if i < options.count]
+
+
+def figures(case: Case, records: list[dict[str, Any]], count: int) -> dict[str, float]:
+    """COCO's figures, and the cost of a scene."""
+    images = scenes.coco_images(scenes.draw(case.split, count, kind=case.kind))
+    done = {record["scene"] for record in records}
+    rows = [
+        {"image_id": record["scene"], "category_id": label + 1, "bbox": pixels(box, scenes.SIZE, scenes.SIZE), "score": score}
+        for record in records
+        for label, box, score in zip(record["labels"], record["boxes"], record["scores"], strict=True)
+    ]
+    found = average_precision(annotation_document([image for image in images if image.id in done], scenes.CLASSES), rows)
+    for name in ("evaluations", "seconds"):
+        found[name] = statistics.mean(record[name] for record in records)
+    return found | {"scenes": len(records)}
+
+
+def draw(case: Case, records: list[dict[str, Any]], file: Path, count: int = 24) -> None:
+    """Scenes with what was found."""
+    batch = scenes.draw(case.split, count, kind=case.kind)
+    drawn = []
+    for record in records[:count]:
+        picture = torch.nn.functional.interpolate(batch.images[record["scene"]][None], scale_factor=3)[0]
+        labels = [scenes.CLASSES[label] for label in record["labels"]]
+        boxes = torch.tensor(record["boxes"]).reshape(-1, 4) * 3 * scenes.SIZE
+        image = ((picture / 2 + 0.5).clamp(0, 1) * 255).byte()
+        drawn.append(
+            draw_bounding_boxes(image, boxes, labels, colors="white", label_colors="white", fill_labels=False, width=1)
+            if len(boxes)
+            else image
+        )
+    save_png(to_pil_image(make_grid(drawn, nrow=8, padding=4)), file)
+
+
+def main() -> None:
+    """Measure what is missing, print the table, write the JSON and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="scenes")
+    parser.add_argument("--prior", default="scenes-prior")
+    parser.add_argument("--detector", type=Path, help="folder of benchmarks/detector.py")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--part", type=lambda text: tuple(map(int, text.split("/"))), default=(0, 1))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/detection.json"))
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    pipe = LayoutInversionPipeline.from_pretrained(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    prior = LayoutPriorPipeline.from_pretrained(zoo.path(options.prior) if options.prior in zoo.names() else options.prior)
+    document: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
+    document["machine"] = {
+        "device": f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__, "python": platform.python_version()
+    }  # fmt: skip
+    for name, case in CASES.items():
+        if options.only in name:
+            records = run(case, name, pipe, prior, options)
+            document["rows"][name] = figures(case, records, options.count)
+            if options.picture is not None and name == "mixed":
+                draw(case, records, options.picture)
+    if options.detector is not None:
+        document["baseline"] = json.loads((options.detector / "figures.json").read_text())
+    write_atomic(options.out, (json.dumps(document, indent=2) + "\n").encode())
+    columns = ("AP50", "AP", "AP75", "evaluations", "seconds", "scenes")
+    table = Table("", *columns, box=None)
+    for name, row in document["rows"].items():
+        table.add_row(name, *(f"{row[column]:.4g}" for column in columns))
+    for kind in ("mixed", "crowded") if "baseline" in document else ():
+        row = document["baseline"][kind]
+        table.add_row(f"baseline, {kind}", *(f"{row[column]:.4g}" for column in columns[:3]))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
