@@ -13,6 +13,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "nearest_grid": ["NearestGrid", "Surface"],
         "parts": ["PartSet"],
         "point_model": ["PointModel"],
+        "point_transformer": ["PointDenoiserOutput", "PointSetTransformer"],
+        "pointwise": ["PointwiseLatentDenoiser", "load_luo_hu"],
         "push": ["PushApartConfig", "push_apart"],
         "refinement": ["annealed", "refine"],
         "rigid": [

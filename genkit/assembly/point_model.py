@@ -10,6 +10,7 @@ assembly in units looks to it: (y - m) c.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ class PointModel:
     """A denoiser of clouds and its scheduler.
 
     Args:
-        denoiser: `forward(sample (B, N, 3), timestep (B,), class_labels (B,)) -> .sample`; its config has `categories`.
+        denoiser: `forward(sample (B, N, 3), timestep (B,), class_labels (B,)) -> .sample`; its config has `categories`. One with
+            latents has `draw(seeds)` and takes them as `context`.
         scheduler: of the DDPM family (it has `alphas_cumprod`).
 
     Raises:
@@ -59,18 +61,23 @@ class PointModel:
             raise unknown("category", category, known)
         return known.index(category)
 
-    def raw(self, x: Tensor, step: int, label: int | None) -> Tensor:
+    def context(self, seeds: Sequence[int]) -> Tensor | None:
+        """Latents of shapes, one for each seed, for a network that is told them; else None."""
+        return self.denoiser.draw(seeds) if hasattr(self.denoiser, "draw") else None
+
+    def raw(self, x: Tensor, step: int, label: int | None, context: Tensor | None = None) -> Tensor:
         """What the network says (B, N, 3) of x (B, N, 3) at a step of its training schedule."""
         device = next(self.denoiser.parameters()).device
         times = torch.full((len(x),), step, device=device)
         labels = None if label is None else torch.full((len(x),), label, device=device)
-        return self.denoiser(x.float().to(device), times, class_labels=labels).sample.to(x)
+        told = {} if context is None else {"context": context}
+        return self.denoiser(x.float().to(device), times, class_labels=labels, **told).sample.to(x)
 
-    def eps(self, x: Tensor, step: int, label: int | None) -> Tensor:
+    def eps(self, x: Tensor, step: int, label: int | None, context: Tensor | None = None) -> Tensor:
         """The noise (B, N, 3) in x."""
         abar = float(self.scheduler.alphas_cumprod[step])
         level = Level(abar**0.5, (1 - abar) ** 0.5, step)
-        return Prediction(x, level, self.raw(x, step, label), kind_of(self.scheduler)).eps
+        return Prediction(x, level, self.raw(x, step, label, context), kind_of(self.scheduler)).eps
 
     def nearest(self, h: float) -> int:
         """The step whose sigma / alpha is nearest to h."""
@@ -93,17 +100,18 @@ class PointModel:
         scheduler.set_timesteps(steps)
         clouds = []
         for rows in torch.arange(count).split(batch_size):
-            x = noise.normal([noise.mix(seed, int(i)) for i in rows], (points, 3))
+            seeds = [noise.mix(seed, int(i)) for i in rows]
+            x, context = noise.normal(seeds, (points, 3)), self.context(seeds)
             for t in scheduler.timesteps.tolist():
-                x = scheduler.step(self.raw(x, t, label), t, x).prev_sample
+                x = scheduler.step(self.raw(x, t, label, context), t, x).prev_sample
             if not torch.isfinite(x).all():
                 raise FloatingPointError("The model's clouds are not finite. Its weights may be damaged.")
             clouds.append(x)
         return torch.cat(clouds)
 
     def target(self, category: str | int | None, scale: float, centre: Tensor, seeds: list[int]) -> Target:
-        """Targets of assemblies in units, one seed of noise for each; fresh noise at each call."""
-        label, calls = self.label(category), [0]
+        """Targets of assemblies in units, one seed of noise (and of a latent) for each; fresh noise at each call."""
+        label, calls, context = self.label(category), [0], self.context(seeds)
 
         def fresh(shape: torch.Size) -> Tensor:
             calls[0] += 1
@@ -111,7 +119,7 @@ class PointModel:
 
         def place(y: Tensor, h: float) -> Tensor:
             step = self.nearest(h)
-            denoised = DenoisedTarget(lambda x, _: self.eps(x, step, label), fresh)
+            denoised = DenoisedTarget(lambda x, _: self.eps(x, step, label, context), fresh)
             return denoised((y - centre) * scale, float(self.ratios[step])) / scale + centre
 
         return place

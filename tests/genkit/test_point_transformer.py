@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from genkit import noise
 from genkit.assembly.point_model import PointModel
 from genkit.assembly.point_transformer import PointSetTransformer, fourier
+from genkit.assembly.pointwise import PointwiseLatentDenoiser, load_luo_hu
 from genkit.pipelines import PartAssemblyPipeline
 
 pytest.importorskip("trimesh")
@@ -73,3 +76,69 @@ def test_clouds_are_centred_scaled_and_turned_a_little() -> None:
     seen = furniture.augmented(clouds, torch.Generator().manual_seed(0), 2048)
     assert (seen[..., 1].std(1) / clouds[..., 1].std(1) - 1).abs().max() < furniture.JITTER + 0.01
     assert not torch.allclose(seen.norm(dim=-1).sort(1).values, clouds.norm(dim=-1).sort(1).values)
+
+
+def pointwise() -> PointwiseLatentDenoiser:
+    torch.manual_seed(1)
+    return PointwiseLatentDenoiser(["chair"], latent_dim=5, flow_depth=3, flow_width=8, widths=(6, 8)).eval()
+
+
+def test_the_pointwise_network_has_the_published_size_and_sees_points_alone() -> None:
+    full = PointwiseLatentDenoiser()
+    assert sum(p.numel() for p in full.diffusion.parameters()) == 995_608
+    net, x, t = pointwise(), torch.randn(2, 7, 3), torch.tensor([0, 99])
+    z = net.draw([3, 4])
+    out = net(x, t, context=z).sample
+    assert torch.allclose(net(x[:, :2], t, context=z).sample, out[:, :2], atol=1e-6)
+    assert not torch.allclose(net(x, t, context=z.flip(0)).sample, out)
+    with pytest.raises(ValueError, match="context"):
+        net(x, t)
+
+
+def test_latents_undo_the_flow() -> None:
+    """From z back to w by the couplings' definition: y_b = x_b sigmoid(s + 2) + t."""
+    net = pointwise()
+    w = z = net.draw([3, 4])
+    for coupling in net.flow["chain"]:
+        k, n = coupling.kept, w.shape[1]
+        kept, moved = (w[:, n - k :], w[:, : n - k]) if coupling.swap else (w[:, :k], w[:, k:])
+        s, t = coupling.net_s_t(kept).chunk(2, 1)
+        moved = moved * torch.sigmoid(s + 2) + t
+        w = torch.cat([moved, kept] if coupling.swap else [kept, moved], 1)
+    assert torch.allclose(w, noise.normal([3, 4], (5,)), atol=1e-5)
+    assert not torch.allclose(w, z, atol=1e-2)
+
+
+def test_one_step_of_ddpm_is_that_of_luo_and_hu() -> None:
+    """Spec g.17: x <- (x - (1 - alpha) / sqrt(1 - abar) eps) / sqrt(alpha) + sigma z, their t = k + 1, without clipping."""
+    net = pointwise()
+    scheduler, x, eps, k = net.scheduler(), 3 * torch.randn(2, 7, 3), torch.randn(2, 7, 3), 40
+    alpha, abar = 1 - net.betas, (1 - net.betas).cumprod(0)
+    sigma = ((1 - abar[k - 1]) / (1 - abar[k]) * net.betas[k]).sqrt()
+    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    expected = (x - (1 - alpha[k]) / (1 - abar[k]).sqrt() * eps) / alpha[k].sqrt() + sigma * z
+    step = scheduler.step(eps, k, x, generator=torch.Generator().manual_seed(0)).prev_sample
+    assert torch.allclose(step, expected, atol=1e-5)
+
+
+def test_released_checkpoints_are_read_where_pickles_are_allowed(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    net = PointwiseLatentDenoiser(["chair"], latent_dim=4, flow_depth=2, flow_width=8).eval()
+    settings = argparse.Namespace(
+        model="flow", latent_dim=4, num_steps=100, beta_1=1e-4, beta_T=0.02, residual=True, latent_flow_depth=2,
+        latent_flow_hidden_dim=8,
+    )  # fmt: skip
+    file = tmp_path / "GEN_chair.pt"
+    extra = {"encoder.conv1.weight": torch.zeros(2), "diffusion.var_sched.betas": torch.zeros(101)}
+    torch.save({"args": settings, "state_dict": {**net.state_dict(), **extra}}, file)
+    with pytest.raises(ValueError, match="--allow-pickle"):
+        load_luo_hu(file, ["chair"])
+    again = load_luo_hu(file, ["chair"], allow_pickle=True)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values(), strict=True))
+    assert PointModel(again, again.scheduler()).generate(2, "chair", points=9, steps=3).shape == (2, 9, 3)
+    torch.save({"args": settings, "state_dict": {}}, file)
+    with pytest.raises(ValueError, match="lacks"):
+        load_luo_hu(file, ["chair"], allow_pickle=True)
+    torch.save({"args": Path("x")}, file)
+    with pytest.raises(ValueError, match="no generator"):
+        load_luo_hu(file, ["chair"], allow_pickle=True)
