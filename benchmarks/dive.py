@@ -184,7 +184,9 @@ def main() -> None:
     for column in ("policy", *rows["dive"]):
         grid.add_column(column.replace("_", " "), justify="left" if column == "policy" else "right")
     for name, values in rows.items():
-        grid.add_row(name, *("" if v is None else f"{v:.3f}" if v < 10 else f"{v:.0f}" for v in values.values()))
+        grid.add_row(
+            name, *("" if v is None else f"{v:.3f}" if isinstance(v, float) and v < 10 else f"{v:.0f}" for v in values.values())
+        )
     Console(width=150).print(grid, memory)
     options.out.parent.mkdir(exist_ok=True)
     write_atomic(options.out, json.dumps(result, indent=2).encode())
