@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ class Pictures:
             raise ValueError(
                 f"The teacher takes pictures of {channels} channels, but a backbone learns from RGB. Use another teacher."
             )
-        self.source, self.latents = (None, data) if isinstance(data, LatentDataset) else (data, None)
+        self.source: ImageSource | None = None if isinstance(data, LatentDataset) else data
+        self.latents: LatentDataset | None = data if isinstance(data, LatentDataset) else None
         if self.latents is not None:
             differs = difference(self.latents.record["space"], latent_space(denoiser))
             if differs:
@@ -131,7 +133,7 @@ def both_ways(source: ImageSource) -> ImageSource:
         return torch.where(mirrored.reshape(-1, *[1] * (values.ndim - 1)), values.flip(-1), values)
 
     load, masks, sizes = source.load, source.masks, source.sizes
-    twice = {
+    twice: dict[str, Any] = {
         field: None if (values := getattr(source, field)) is None else [*values, *values]
         for field in ("groups", "captions", "labels", "names", "masked")
     }
@@ -154,7 +156,7 @@ def labelled_rows(source: ImageSource, count: int, seed: int, *, dense: bool) ->
         ValueError: no labels or label maps, or fewer pictures than wanted.
     """
     generator = torch.Generator().manual_seed(seed)
-    usable = range(len(source))
+    usable = list(range(len(source)))
     if dense:
         if source.masks is None or source.masked is None:
             raise ValueError(f"{source.name!r} has no label maps. Give the folder that has them (masks).")

@@ -71,7 +71,8 @@ def backbone_card(student: DreamStudent, config: DreamTeacherConfig, figures: Ma
         library_name="timm", pipeline_tag="image-feature-extraction", tags=["dreamteacher", "distillation"],
         base_model=teacher if named else None,
     )  # fmt: skip
-    sizes = f", img_size=({height}, {width})" if student.backbone.network.pretrained_cfg.get("fixed_input_size") else ""
+    network: Any = student.backbone.network
+    sizes = f", img_size=({height}, {width})" if network.pretrained_cfg.get("fixed_input_size") else ""
     code = f"""import timm
 
 features = timm.create_model("local-dir:{HERE}", pretrained=True)                        # pooled features

@@ -31,8 +31,9 @@ def create_backbone(name: str, size: Size) -> nn.Module:
     if not timm.is_model(name):
         raise unknown("backbone", name, timm.list_models())
     fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
+    options: dict[str, Any] = {"img_size": size} if fixed else {}
     try:
-        return timm.create_model(name, num_classes=0, **({"img_size": size} if fixed else {}))
+        return timm.create_model(name, num_classes=0, **options)
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"The backbone {name!r} cannot be made for {size[0]} x {size[1]} pictures: {error}.") from error
 

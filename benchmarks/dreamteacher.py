@@ -1,0 +1,304 @@
+"""What DreamTeacher gives a ResNet-18 on digits: linear probes, fine-tuning, segmentation with few labels; and what a step costs.
+
+    python benchmarks/dreamteacher.py [--work DIR] [--only step,pretrain,probe,...] [--draws 3] [--threads 2]
+    python benchmarks/dreamteacher.py --sweep t=(30,) t=(250,) attention=0.0 mse=0.0 regressor=fpn encoding=ddim whitening=c
+
+The backbones are pretrained on the training digits without labels (16,000 pictures of 4,000 handwritten digits), or with 40:
+
+    random                  not pretrained: fine-tuned, it is supervised learning from scratch
+    features                the teacher's features
+    mix-classes, mix-masks  and soft labels of an interpreter that knows the classes, or the label maps, of 40 pictures
+    simclr                  contrastive learning for as many steps; simclr-time for as many seconds as `features` took
+
+Labels are those of 1 %, 10 % and 100 % of the 4,000 digits, drawn `--draws` times; the test is on 1,000 held-out digits. A probe is
+ridge regression on the pooled levels of the frozen backbone. Fine-tuning trains everything; all have the same augmentation, steps
+and learning rate. Segmentation tells for each pixel paper from ten digits. A row is written as soon as it is there, and an
+interrupted run goes on where it stopped. `--sweep` pretrains with one setting changed at a time, for fewer steps, and probes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from label_efficiency import label_rows, measure, pooled, probe_accuracy, simclr, tuned
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from genkit.data.source import open_source
+from genkit.denoisers import Denoiser
+from genkit.distill import DreamTeacher, DreamTeacherConfig
+from genkit.distill.dreamteacher_data import labels_of
+from genkit.distill.dreamteacher_student import Backbone, DreamStudent, create_backbone
+from genkit.distill.dreamteacher_teacher import TeacherLevels, decoder_taps
+from genkit.features import FeatureExtractor
+from genkit.files import write_atomic
+from genkit.runner import load
+from genkit.training import TrainConfig
+
+COUNTS = {"1 %": 40, "10 %": 400, "100 %": 4000}
+TASKS = {"classification": "accuracy", "segmentation": "miou"}
+CONTENDERS = ("random", "features", "mix-classes", "mix-masks", "simclr", "simclr-time")
+MIXES = {"mix-classes": "classification", "mix-masks": "segmentation"}
+STEPS = {"1 %": 300, "10 %": 400, "100 %": 800}
+TUNE = TrainConfig(steps=1, batch_size=40, lr=1e-3, warmup=20, weight_decay=0.05, ema_decay=0.0, checkpoint_seconds=600)
+
+
+class Bench:
+    """The rows of the benchmark, kept in a JSON file.
+
+    Args:
+        out: the file.
+        work: folder of runs.
+        draws: of labels.
+        config: of the pretraining.
+    """
+
+    def __init__(self, out: Path, work: Path, draws: int, config: DreamTeacherConfig) -> None:
+        self.out, self.work, self.draws, self.config = out, work, draws, config
+        self.rows: dict[str, Any] = json.loads(out.read_text()).get("rows", {}) if out.exists() else {}
+        self.train, self.test = open_source("digits", 4000), open_source("digits-test", 1000)
+        self._backbones: dict[str, Backbone] = {}
+
+    def row(self, name: str, make: Callable[[], Any]) -> Any:
+        """A row that is there, or is made now."""
+        if name not in self.rows:
+            began = time.monotonic()
+            self.rows[name] = {**make(), "row_seconds": round(time.monotonic() - began, 1)}
+            machine = {"device": f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__}
+            document = {"machine": machine | {"python": platform.python_version()}, "config": self.config.to_json()}
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.out, (json.dumps({**document, "rows": self.rows}, indent=2) + "\n").encode())
+            print(name, json.dumps(self.rows[name])[:200], flush=True)
+        return self.rows[name]
+
+    def backbone(self, name: str) -> Backbone:
+        """A contender's weights, pretrained if they are not there."""
+        if name not in self._backbones:
+            self._backbones[name] = self._pretrained(name)
+        return self._backbones[name].eval()
+
+    def _fresh(self) -> Backbone:
+        side = self.config.size or 32
+        torch.manual_seed(self.config.train.seed)
+        return Backbone(create_backbone(self.config.backbone, (side, side)), (side, side))
+
+    def _pretrained(self, name: str) -> Backbone:
+        config, folder = self.config, self.work / name
+        if name == "random":
+            return self._fresh()
+        if name.startswith("simclr"):
+            steps = config.train.steps
+            if name == "simclr-time":
+                seconds = {key: self.row(f"pretrain {key}", lambda key=key: self.pretrain(key)) for key in ("features", "simclr")}
+                steps = round(steps * seconds["features"]["seconds"] / seconds["simclr"]["seconds"])
+            loop = dataclasses.replace(config.train, steps=steps, lr=1e-3)
+            return simclr(self._fresh(), open_source("digits"), loop, folder)
+        if name in MIXES:
+            config = dataclasses.replace(config, label=1.0, task=MIXES[name], labelled=40)
+        return distilled(config, folder).backbone
+
+    def pretrain(self, name: str) -> dict[str, float]:
+        """Seconds of a contender's pretraining, as its log has them (over interruptions), and the last loss."""
+        self.backbone(name)
+        if name == "random":
+            return {"seconds": 0.0}
+        seconds, loss = 0.0, float("nan")
+        for file in sorted((self.work / name).rglob("log.jsonl")):  # the interpreter's first
+            last = 0.0
+            for line in file.read_text().splitlines():
+                entry = json.loads(line)
+                # The clock begins anew where a run goes on.
+                seconds += entry["seconds"] - (last if entry["seconds"] >= last else 0.0)
+                last, loss = entry["seconds"], entry["loss"]
+        return {"seconds": seconds, "loss": loss}
+
+    def probe(self, name: str) -> dict[str, Any]:
+        """Accuracy of linear probes."""
+        backbone = self.backbone(name)
+        train, test = pooled(backbone, self.train), pooled(backbone, self.test)
+        truth, _ = labels_of(self.test, range(len(self.test)), (1, 1), dense=False)
+        labels, _ = labels_of(self.train, range(len(self.train)), (1, 1), dense=False)
+        return {key: summary(self._probes(count, train, labels, test, truth)) for key, count in COUNTS.items()}
+
+    def _probes(self, count: int, train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> list[float]:
+        chosen = [label_rows(self.train, count, draw, "classification") for draw in range(1 if count == 4000 else self.draws)]
+        return [probe_accuracy(train[rows], labels[rows], test, truth) for rows in chosen]
+
+    def tune(self, name: str, task: str, key: str, draw: int) -> dict[str, Any]:
+        """Figures of a contender, fine-tuned on a draw of labels."""
+        rows = label_rows(self.train, COUNTS[key], draw, task)
+        config = dataclasses.replace(TUNE, steps=STEPS[key], seed=draw)
+        folder = self.work / "tuned" / f"{name}-{task}-{COUNTS[key]}-{draw}"
+        figures = measure(tuned(self.backbone(name), task, self.train, rows, config, folder), task, self.test)
+        (folder / "checkpoint.pt").unlink()  # the row is what is kept
+        return figures
+
+    def run(self, only: list[str]) -> None:
+        """All rows of the kinds in `only`, the ones that matter most first."""
+        if "step" in only:
+            self.row("step", adm_step)
+            self.row("step, digits", lambda: digits_step(self.config))
+        for name in CONTENDERS:
+            if "pretrain" in only:
+                self.row(f"pretrain {name}", lambda name=name: self.pretrain(name))
+            if "probe" in only:
+                self.row(f"probe {name}", lambda name=name: self.probe(name))
+        for draw in range(self.draws):
+            for key in COUNTS:
+                for task in TASKS:
+                    for name in CONTENDERS if task in only and (draw == 0 or COUNTS[key] < 4000) else ():
+                        self.row(f"{task} {name} {key} {draw}", lambda a=(name, task, key, draw): self.tune(*a))
+
+    def sweep(self, changes: list[str], steps: int) -> None:
+        """A probe for each change of one setting, and without any."""
+        for change in ["", *changes]:
+            name, _, value = change.partition("=")
+            loop = dataclasses.replace(self.config.train, steps=steps, warmup=min(self.config.train.warmup, steps // 10))
+            config = dataclasses.replace(self.config, train=loop, **({name: literal(value)} if name else {}))
+            label = f"sweep {steps} {change or 'as it is'}"
+
+            def probed(config: DreamTeacherConfig = config, label: str = label) -> dict[str, Any]:
+                self._backbones[label] = distilled(config, self.work / label.replace("/", "-")).backbone
+                return self.probe(label)
+
+            self.row(label, probed)
+
+
+def literal(value: str) -> Any:
+    """A setting's value: a number or tuple, else a text."""
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def distilled(config: DreamTeacherConfig, folder: Path) -> DreamStudent:
+    """A student of `digits`."""
+    denoiser = load("digits").denoiser
+    return DreamTeacher(denoiser, open_source("digits"), config, folder).fit(resume=True).eval()
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Mean and standard deviation over draws."""
+    return {"mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def steps_in_turn(
+    passes: dict[str, Callable[[], dict[str, Tensor]]], student: DreamStudent, side: int, rounds: int
+) -> dict[str, Any]:
+    """Median seconds of a training step with each teacher, in turn, and the ratio of the first to the second."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    pictures = torch.randn(len(next(iter(next(iter(passes.values()))().values()))), 3, side, side)
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    for _ in range(rounds):
+        for name, teach in passes.items():
+            began = time.perf_counter()
+            teacher = teach()
+            with torch.autocast("cpu", torch.bfloat16):
+                found, _ = student(pictures)
+            loss = torch.stack([(found[key].float() - value).square().mean() for key, value in teacher.items()]).sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            times[name].append(time.perf_counter() - began)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    first, second = median.values()
+    return {**{f"{name} seconds": value for name, value in median.items()}, "ratio": first / second, "rounds": rounds}
+
+
+def teachers(denoiser: Denoiser, taps: list[str], t: int, batch: int) -> dict[str, Callable[[], dict[str, Tensor]]]:
+    """The teacher as it trains, and the whole pass in float32."""
+    x0 = torch.randn(batch, *denoiser.latent_shape(None, None))
+    fast, slow = TeacherLevels(denoiser, taps, [t], bf16=True), FeatureExtractor(denoiser, taps, t=t, early_exit=False)
+    return {"early exit, bf16": lambda: fast(x0), "full pass, fp32": lambda: slow(latents=x0)}
+
+
+def adm_step(rounds: int = 5, width: int = 64, batch: int = 2) -> dict[str, Any]:
+    """A step of a ResNet-18 at 256 pixels with a teacher of ADM-256's layout and a quarter of its width, random weights."""
+    network = diffusers.UNet2DModel(
+        sample_size=256, out_channels=6, block_out_channels=tuple(width * k for k in (1, 1, 2, 2, 4, 4)), layers_per_block=2,
+        attention_head_dim=64, downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift",
+        down_block_types=("DownBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
+        up_block_types=("AttnUpBlock2D",) * 3 + ("UpBlock2D",) * 3,
+    )  # fmt: skip
+    denoiser = Denoiser.of(diffusers.DDPMPipeline(network.eval().requires_grad_(False), diffusers.DDPMScheduler()))
+    backbone = Backbone(create_backbone("resnet18", (256, 256)), (256, 256))
+    taps = decoder_taps(denoiser, [(h, w) for _, h, w in backbone.levels])
+    passes = teachers(denoiser, taps, 50, batch)
+    student = DreamStudent(backbone, TeacherLevels(denoiser, taps).shapes)
+    return steps_in_turn(passes, student, 256, rounds) | {"width": width, "batch": batch}
+
+
+def digits_step(config: DreamTeacherConfig, rounds: int = 9) -> dict[str, Any]:
+    """A step of the pretraining on digits, where the student costs more than the teacher."""
+    side, denoiser = config.size or 32, load("digits").denoiser
+    passes = teachers(denoiser, [str(tap) for tap in config.taps], config.t[0], config.train.batch_size)
+    backbone = Backbone(create_backbone(config.backbone, (side, side)), (side, side))
+    student = DreamStudent(backbone, TeacherLevels(denoiser, config.taps).shapes, width=config.width)
+    return steps_in_turn(passes, student, side, rounds)
+
+
+def report(rows: dict[str, Any], draws: int) -> None:
+    """Print the tables."""
+    console = Console()
+    table = Table("pretraining", "minutes", *(f"probe, {key}" for key in COUNTS), box=None)
+    for name in CONTENDERS:
+        probe = rows.get(f"probe {name}", {})
+        cells = [f"{probe[key]['mean']:.1%} +- {probe[key]['spread']:.1%}" if key in probe else "" for key in COUNTS]
+        table.add_row(name, f"{rows.get(f'pretrain {name}', {}).get('seconds', 0) / 60:.1f}", *cells)
+    console.print(table)
+    for task, figure in TASKS.items():
+        table = Table(f"{task}, {figure}", *COUNTS, box=None)
+        for name in CONTENDERS:
+            cells = []
+            for key in COUNTS:
+                values = [rows[label][figure] for draw in range(draws) if (label := f"{task} {name} {key} {draw}") in rows]
+                cells.append(f"{summary(values)['mean']:.1%} +- {summary(values)['spread']:.1%}" if values else "")
+            table.add_row(name, *cells)
+        console.print(table)
+    table = Table("sweep", *(f"probe, {key}" for key in COUNTS), box=None)
+    for label, row in rows.items():
+        if label.startswith("sweep"):
+            table.add_row(label, *(f"{row[key]['mean']:.1%}" for key in COUNTS))
+        elif label.startswith("step"):
+            console.print(f"{label}: early exit and bf16 / full pass in float32 = {row['ratio']:.3f}")
+    console.print(table)
+
+
+def main() -> None:
+    """Measure what is missing, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("dreamteacher"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/dreamteacher.json"))
+    parser.add_argument("--only", default="step,pretrain,probe,classification,segmentation", help="kinds of rows")
+    parser.add_argument("--draws", type=int, default=3, help="of labels")
+    parser.add_argument("--steps", type=int, help="of the pretraining")
+    parser.add_argument("--size", type=int, help="side of the backbone's pictures")
+    parser.add_argument("--sweep", nargs="*", default=[], metavar="NAME=VALUE", help="settings to change, one at a time")
+    parser.add_argument("--sweep-steps", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    config = DreamTeacherConfig.preset("digits", teacher="digits", steps=arguments.steps, size=arguments.size)
+    bench = Bench(arguments.out, arguments.work, arguments.draws, config)
+    if arguments.sweep:
+        bench.sweep(arguments.sweep, arguments.sweep_steps)
+    else:
+        bench.run(arguments.only.split(","))
+    report(bench.rows, arguments.draws)
+
+
+if __name__ == "__main__":
+    main()
