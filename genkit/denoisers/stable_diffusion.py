@@ -20,8 +20,8 @@ class StableDiffusionDenoiser(TextDenoiser):
     """
 
     family = "Stable Diffusion"
-    classes = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-    inputs = ("prompt_embeds",)
+    classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+    inputs: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     cross_attended: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     options = ()
 
