@@ -273,15 +273,17 @@ def _refined(
     parts: PartSet, poses: Tensor, target: Callable[[slice], Target], levels: list[float], points: int,
     push: PushApartConfig | None, fit: Literal["kabsch", "icp"], chunk: int | None, history: list[Tensor],
 ) -> Tensor:  # fmt: skip
-    """Poses after refinement, some at a time, each with targets of its own; every tenth step goes into the history."""
+    """Poses after refinement, some at a time, each with targets of its own; forty steps at most go into the history."""
     x, poses, size = parts.points[:, :points], poses.float(), chunk or len(poses)
     moved, steps = [], []
     for first in range(0, len(poses), size):
         rows = slice(first, first + size)
         seen: list[Tensor] = []
-        moved.append(
-            refine(x, poses[rows], target(rows), levels, push=push, fit=fit, on_step=lambda step, now, seen=seen: seen.append(now))
-        )
+
+        def keep(step: int, now: Tensor, seen: list[Tensor] = seen) -> None:
+            seen.append(now)
+
+        moved.append(refine(x, poses[rows], target(rows), levels, push=push, fit=fit, on_step=keep))
         steps.append(seen[:: max(1, len(levels) // 40)])
     history += [torch.cat(step) for step in zip(*steps, strict=True)]
     return torch.cat(moved).double()

@@ -78,8 +78,9 @@ class PointwiseLatentDenoiser(ModelMixin, ConfigMixin):
             raise ValueError("A pointwise denoiser knows the shape by its latent alone. Give `context`, as `draw` makes it.")
         beta = self.betas.to(sample)[timestep, None]
         c = torch.cat([beta, beta.sin(), beta.cos(), context.to(sample)], -1)[:, None]
-        hidden, layers = sample, self.diffusion["net"]["layers"]
-        for i, layer in enumerate(layers):
+        net: Any = self.diffusion["net"]
+        hidden = sample
+        for i, layer in enumerate(net["layers"]):
             hidden = layer(F.leaky_relu(hidden) if i else hidden, c)
         return PointDenoiserOutput(sample=sample + hidden if self.config.residual else hidden)
 
@@ -98,7 +99,8 @@ class PointwiseLatentDenoiser(ModelMixin, ConfigMixin):
     def draw(self, seeds: Sequence[int]) -> Tensor:
         """Latents z (B, latent_dim) of the prior, one for each seed."""
         z = noise.normal(seeds, (self.config.latent_dim,)).to(next(self.parameters()))
-        for coupling in reversed(self.flow["chain"]):
+        chain: Any = self.flow["chain"]
+        for coupling in reversed(chain):
             z = coupling(z)
         return z
 

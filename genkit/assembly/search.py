@@ -211,7 +211,7 @@ class Search:
 
     def _renew(self, assemblies: Tensor) -> Tensor:
         """Each part put anew, in a random order, then settled."""
-        found = []
+        found: list[Tensor] = []
         for poses in assemblies:
             for p in torch.randperm(len(self.parts), generator=self.generator).tolist():
                 poses = self.quick.replace(poses, p, self._places(poses[p], p))

@@ -14,7 +14,8 @@ def scattered(parts: PartSet, template: Surface, seed: int) -> Tensor:
     """Poses (P, 4, 4), float64, in units; that of a part is a function of the seed and of the part, whatever their order is."""
     centre = template.points.double().mean(0)
     spread = (template.points.double() - centre).square().mean().sqrt()
-    poses, met = [], {}
+    poses: list[Tensor] = []
+    met: dict[int, int] = {}
     for points in parts.points:
         key = content_seed(points.numpy(), seed, REPOSE)
         met[key] = met.get(key, 0) + 1  # parts that are the same to the last bit must not start at the same place

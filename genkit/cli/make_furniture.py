@@ -79,13 +79,15 @@ def _write(out: Path, category: str, split: str, seed: int, format: str) -> dict
         import trimesh
 
         file = out / f"{name}.glb"
-        scene = trimesh.Scene(dict(zip(parts, made.meshes, strict=True)))
+        scene = trimesh.Scene()
+        for part, mesh in zip(parts, made.meshes, strict=True):
+            scene.add_geometry(mesh, node_name=part, geom_name=part)
         write_atomic(file, scene.export(file_type="glb"))
     else:
         file = out / name
         prepare_folder(file)
         for part, mesh in zip(parts, made.meshes, strict=True):
-            data = mesh.export(file_type=format)
+            data: Any = mesh.export(file_type=format)
             write_atomic(file / f"{part}.{format}", data.encode() if isinstance(data, str) else data)
     contacts = [{"parts": list(pair), "point": place.tolist()} for pair, place in made.contacts.items()]
     return {

@@ -305,7 +305,7 @@ def _cabinet(m: Maker) -> tuple[str, str]:
     )
     clear = width - 2 * t
     if m.chance(0.7):
-        touch = {bottom: (0, floor + t, -depth / 2 + t / 4)}
+        touch: dict[int, Any] = {bottom: (0, floor + t, -depth / 2 + t / 4)}
         touch |= {side: (s * clear / 2, middle, -depth / 2 + t / 4) for s, side in zip((-1, 1), sides, strict=True)}
         m.add("box", (clear, inner, t / 2), (0, middle, -depth / 2 + t / 4), "back panel", on=touch)
     for k in range(count := int(m.rng.integers(0, 5))):

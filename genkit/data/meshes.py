@@ -80,7 +80,8 @@ def read_mesh(file: str | Path) -> Trimesh:
     if file.suffix.lower() in SCENES:
         import trimesh
 
-        return trimesh.util.concatenate(_scene(file)[0])
+        whole: Any = trimesh.util.concatenate(_scene(file)[0])
+        return whole
     if file.suffix.lower() not in MESHES:
         raise ValueError(f"{str(file)!r} is no mesh. Known: {', '.join(MESHES + SCENES)}.")
     mesh = _load(file, force="mesh")
