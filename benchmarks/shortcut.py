@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
@@ -237,11 +236,9 @@ def main() -> None:
         folder = arguments.generative
         if not (folder / "card.json").exists():
             train_generative(folder, arguments.device)
-        began = time.perf_counter()
         labels, how = generative_labels(folder, arguments.pairs, arguments.device)
         card = json.loads((folder / "card.json").read_text())
         document["generative"] = {"parameters": card["parameters"], "figures": figures(labels), **how}
-        document["generative"]["seconds"] = round(time.perf_counter() - began, 1)
     if arguments.only != "generative":
         folder = arguments.discriminative
         if not (folder / "config.json").exists():
