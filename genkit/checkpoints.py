@@ -58,6 +58,11 @@ def components(folder: Path) -> dict[Path, tuple[str, str]]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object of a model's file.
+
+    Raises:
+        ValueError: it is no JSON, or no object.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -180,6 +180,7 @@ def _known_paths() -> Mapping[int, str]:
 
 
 def refuse(path: str, reason: str, note: str = "") -> None:
+    """Raise `UnfusedAttentionError` for the attention of a module."""
     raise UnfusedAttentionError(f"The attention of {path} is not fused{note}: {reason}.")
 
 
