@@ -6,7 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from genkit.cli.common import BROKEN, Attn, Debug, Device, Json, Quiet, check_attn, check_device, check_model, command, option
+from genkit.cli.common import (
+    BROKEN,
+    Attn,
+    Debug,
+    Device,
+    Json,
+    Quiet,
+    check_attn,
+    check_device,
+    check_dtype,
+    check_model,
+    command,
+    option,
+)
 
 _WHAT, _MACHINE = "What to look at", "Machine"
 
@@ -40,14 +53,11 @@ def audit(
         from rich.console import Group
         from rich.text import Text
 
-        from genkit.errors import unknown
-        from genkit.recipe import DTYPES
         from genkit.sweep import parse_size
 
         check_device(device)
         attn = check_attn(attn)
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
+        check_dtype(dtype)
         width, height = (None, None) if size is None else parse_size(size)
         check_model(model, allow_pickle)
         report, findings = _audit(model, device, attn, dtype, allow_pickle, quiet, backward=backward, height=height, width=width)

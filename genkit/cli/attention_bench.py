@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from genkit.cli.common import Debug, Device, Json, Quiet, check_device, command, option
+from genkit.cli.common import Debug, Device, Json, Quiet, check_device, check_dtype, command, option
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -45,11 +45,7 @@ def bench(
         check_device(device)
         names = _models(models)
         if dtype is not None:
-            from genkit.errors import unknown
-            from genkit.recipe import DTYPES
-
-            if dtype not in DTYPES:
-                raise unknown("dtype", dtype, DTYPES)
+            check_dtype(dtype)
         if out is not None and out.is_dir():
             raise ValueError(f"--out {str(out)!r} is a folder. Name a JSON file.")
         document = _run(names, batch, rounds, gradient, full, device, dtype)

@@ -17,6 +17,7 @@ from genkit.cli.common import (
     Quiet,
     check_attn,
     check_device,
+    check_dtype,
     check_model,
     command,
     option,
@@ -105,14 +106,11 @@ def classify(
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
         from genkit.cli.classify_job import Job, Table, truths
         from genkit.data.pictures import find_pictures
-        from genkit.errors import unknown
         from genkit.ranks import Ranks
-        from genkit.recipe import DTYPES
 
         check_device(device)
         attn = check_attn(attn)
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
+        check_dtype(dtype)
         ranks = Ranks.from_environment()
         if not ranks.leads:
             output.mute()

@@ -198,6 +198,15 @@ def check_device(name: str) -> None:
         raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:N", "mps", "xpu"])
 
 
+def check_dtype(name: str) -> None:
+    """Raise ValueError for a dtype that models are not loaded in; without torch."""
+    from genkit.errors import unknown
+    from genkit.recipe import DTYPES
+
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+
+
 def resolve_device(name: str) -> str:
     """The device to use; imports torch.
 

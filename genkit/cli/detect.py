@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from genkit.cli.common import Attn, Debug, Device, Json, Quiet, check_attn, check_device, check_model, command, option
+from genkit.cli.common import Attn, Debug, Device, Json, Quiet, check_attn, check_device, check_dtype, check_model, command, option
 
 _WHAT, _HOW, _WHERE, _MACHINE = "What to find", "How to decide", "Files", "Machine"
 
@@ -66,14 +66,11 @@ def detect(
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
         from genkit.cli.detect_job import Job
         from genkit.data.pictures import find_pictures
-        from genkit.errors import unknown
         from genkit.ranks import Ranks
-        from genkit.recipe import DTYPES
 
         check_device(device)
         attn = check_attn(attn)
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
+        check_dtype(dtype)
         ranks = Ranks.from_environment()
         if not ranks.leads:
             output.mute()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from genkit.cli.common import Debug, Device, Json, Quiet, command, option, resolve_device
+from genkit.cli.common import Debug, Device, Json, Quiet, check_dtype, command, option, resolve_device
 
 _WHAT, _HOW, _WHERE = "What to export", "How", "Files"
 
@@ -53,12 +53,10 @@ def export(
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
         from genkit.distill.trained import WHICH, TrainedRun
         from genkit.errors import unknown
-        from genkit.recipe import DTYPES
 
         if which not in WHICH:
             raise unknown("student", which, WHICH)
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
+        check_dtype(dtype)
         measured = _read_figures(figures)
         source = TrainedRun(run)
         spec = source.spec(sampler=sampler, teacher=teacher)

@@ -16,6 +16,7 @@ from genkit.cli.common import (
     Quiet,
     check_attn,
     check_device,
+    check_dtype,
     check_model,
     command,
     option,
@@ -66,14 +67,11 @@ def features(
         [bold]genkit features digits --taps mid,block.6 --t 50,150 --pool mean --out features[/bold]
     """
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
-        from genkit.errors import unknown
         from genkit.ranks import Ranks
-        from genkit.recipe import DTYPES
 
         check_device(device)
         attn = check_attn(attn)
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
+        check_dtype(dtype)
         check_model(model, False)
         times = parse_times(t)
         plan: dict[str, Any] = {

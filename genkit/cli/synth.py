@@ -15,6 +15,7 @@ from genkit.cli.common import (
     Quiet,
     check_attn,
     check_device,
+    check_dtype,
     check_model,
     command,
     option,
@@ -87,15 +88,12 @@ def synth(
         [bold]torchrun --nproc_per_node 2 -m genkit synth --teacher DIR --labels 0-999 --count 50000 --out data[/bold]
     """
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
-        from genkit.errors import unknown
         from genkit.ranks import Ranks
-        from genkit.recipe import DTYPES
         from genkit.sweep import parse_size
 
         check_device(device)
         attn = check_attn(attn)
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
+        check_dtype(dtype)
         if recipe is not None:
             from genkit.distill.config import recipe_teacher
 

@@ -12,6 +12,7 @@ from genkit.cli.common import (
     Output,
     Quiet,
     check_device,
+    check_dtype,
     check_model,
     command,
     option,
@@ -75,13 +76,10 @@ def discriminator(
         [bold]torchrun --nproc_per_node 2 -m genkit train discriminator --data photos --model DIR --out runs/d[/bold]
     """
     with command(as_json=as_json, quiet=quiet, debug=debug) as output:
-        from genkit.errors import unknown
         from genkit.ranks import Ranks
-        from genkit.recipe import DTYPES
 
         check_device(device)
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
+        check_dtype(dtype)
         check_model(model, False)
         ranks = Ranks.from_environment()
         if not ranks.leads:

@@ -88,7 +88,6 @@ class LayoutSearch:
     def _add(self, loss: LayoutLoss, layout: Tensor, classes: int) -> Tensor | None:
         """The layout with the object that lowers L most; None if none does."""
         count = self._count(layout)
-        # What is more surprising than when all is known cannot be seen; what is as surprising as without an object can.
         boxes = new(propose(loss.maps(layout[None], self.some)[0], most=self.proposals), layout[:count, 1:])
         if not len(boxes):
             return None
