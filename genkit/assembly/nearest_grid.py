@@ -102,12 +102,13 @@ class NearestGrid:
     def _table(self, points: Tensor, chosen: Tensor) -> Tensor:
         """Of each voxel the sample of the nearest voxel that has one (V,)."""
         rows = chosen.nonzero().flatten()
-        table = torch.full((int(self.size.prod()),), self._count, device=points.device)
+        table = torch.full((int(self.size.prod()),), -1, device=points.device)
         if len(rows) == 0:
-            return table
-        table[self._row(((points[rows] - self.low) / self.voxel).floor().long())] = rows
+            return torch.full_like(table, self._count)
+        # The last of several samples in a voxel: which one an assignment would keep depends on the threads.
+        table.scatter_reduce_(0, self._row(((points[rows] - self.low) / self.voxel).floor().long()), rows, "amax")
         sample = table.reshape(self.size.tolist()).cpu().numpy()
-        place = distance_transform_edt(sample == self._count, return_distances=False, return_indices=True)
+        place = distance_transform_edt(sample < 0, return_distances=False, return_indices=True)
         return torch.from_numpy(np.ascontiguousarray(sample[tuple(place)]).ravel()).to(points.device)
 
     def _row(self, cell: Tensor) -> Tensor:
