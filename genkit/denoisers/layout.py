@@ -10,13 +10,15 @@ from torch import Tensor
 
 from genkit.denoisers.base import Cond, Denoiser
 from genkit.errors import unknown
+from genkit.layouts.encoder import painted
 from genkit.layouts.grounding import Grounding
 from genkit.layouts.layout import Layout, pack
 from genkit.levels import Level
 
 
 class LayoutDenoiser(Denoiser):
-    """Tensors: `layout_embeds` (B, L, D), what the layout encoder makes of a layout; the null condition is the empty layout."""
+    """Tensors: `layout_embeds` (B, L, D), what the layout encoder makes of a layout, and, where it paints, `layout_objects`
+    (B, N, K); the null condition is the empty layout."""
 
     family = "layout-to-image"
     classes = ("LayoutToImagePipeline",)
@@ -29,24 +31,28 @@ class LayoutDenoiser(Denoiser):
 
         Args:
             layouts: one for each of B samples, or packed (B, slots, 5), see `genkit.layouts.pack`.
-            layout_embeds: (B, L, D) instead, as the layout encoder makes them.
+            layout_embeds: (B, L, D) instead, as a layout encoder without paint makes them.
 
         Raises:
-            ValueError: neither or both, a class that the model lacks, or more objects than it has slots.
+            ValueError: neither or both, a class that the model lacks, more objects than it has slots, or embeddings where the model
+                is told more.
         """
         self._refuse(extra, "layouts", "layout_embeds")
         if (layouts is None) == (layout_embeds is None):
             raise ValueError("This model is conditioned on a layout. Give layouts, or layout_embeds.")
         encoder = self.pipe.layout_encoder
-        if layout_embeds is None:
+        if layout_embeds is not None:
+            if encoder.config.paint:
+                raise ValueError("This model paints its layouts, too: layout_embeds do not tell all. Give layouts.")
+            told = {"layout_embeds": layout_embeds}
+        else:
             if not isinstance(layouts, Tensor):
                 listed = [layouts] if isinstance(layouts, Layout) else list(layouts or [])
                 layouts = pack(listed, encoder.config.class_names, encoder.config.slots)
             with torch.no_grad():
-                layout_embeds = encoder(layouts.to(self.device))
+                told = encoder(layouts.to(self.device))
         with torch.no_grad():
-            null = encoder.null(len(layout_embeds))
-        return Cond({"layout_embeds": layout_embeds}, {"layout_embeds": null})
+            return Cond(told, encoder.null(len(told["layout_embeds"])))
 
     def grounding(self, class_names: Sequence[str] | None = None) -> Grounding:
         """Layouts of some of the model's classes."""
@@ -67,7 +73,7 @@ class LayoutDenoiser(Denoiser):
             label = packed[..., 0]
             own = numbers.to(packed)[label.long().clamp(min=0)]
             packed = torch.cat([torch.where(label >= 0, own, label)[..., None], packed[..., 1:]], dim=-1)
-            return Cond({"layout_embeds": encoder(packed)})
+            return Cond(encoder(packed))
 
         return Grounding(names, encoder.config.slots, condition)
 
@@ -78,7 +84,8 @@ class LayoutDenoiser(Denoiser):
         return 2 ** (len(self.network.config.block_out_channels) - 1)
 
     def _forward(self, z: Tensor, level: Level, tensors: dict[str, Tensor]) -> Tensor:
-        return self.network(with_coordinates(z), self._time(z, level), encoder_hidden_states=tensors["layout_embeds"]).sample
+        x = network_input(z, tensors)
+        return self.network(x, self._time(z, level), encoder_hidden_states=tensors["layout_embeds"]).sample
 
 
 class LayoutPriorDenoiser(Denoiser):
@@ -101,8 +108,11 @@ class LayoutPriorDenoiser(Denoiser):
         return self.network(z, self._time(z, level))
 
 
-def with_coordinates(x: Tensor) -> Tensor:
-    """A sample (B, C, h, w) with the coordinates of its places behind its channels, -1 to 1 (B, C + 2, h, w)."""
+def network_input(x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """What the U-Net takes (B, C + 2 + K, h, w): a sample (B, C, h, w), coordinates from -1 to 1, the painted layout if any."""
     axes = [torch.linspace(-1, 1, side, device=x.device, dtype=x.dtype) for side in x.shape[-2:]]
     rows, columns = torch.meshgrid(*axes, indexing="ij")
-    return torch.cat([x, torch.stack([columns, rows]).expand(len(x), -1, -1, -1)], dim=1)
+    channels = [x, torch.stack([columns, rows]).expand(len(x), -1, -1, -1)]
+    if "layout_objects" in tensors:
+        channels.append(painted(tensors["layout_objects"].to(x), *x.shape[-2:]))
+    return torch.cat(channels, dim=1)

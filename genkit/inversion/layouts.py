@@ -69,11 +69,11 @@ class LayoutSlots(Slots):
     def condition(self, rows: Tensor, offset: Tensor, free: Tensor | None) -> Iterator[Cond]:
         dtype, tokens = self.codec.table.weight.dtype, self.table[rows] + offset
         if free is None:
-            embeds = self.codec.encode(tokens.to(dtype))
+            told = self.codec.encode(tokens.to(dtype))
         else:
             present = tokens[..., -1] / self._present
-            embeds = self.codec.encode(tokens[..., :-1].to(dtype), free.to(dtype), present.to(dtype))
-        yield Cond({"layout_embeds": embeds})
+            told = self.codec.encode(tokens[..., :-1].to(dtype), free.to(dtype), present.to(dtype))
+        yield Cond(told)
 
     def scattered(self, count: int, generator: torch.Generator) -> Tensor | None:
         numbers = super().scattered(count, generator)

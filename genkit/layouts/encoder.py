@@ -6,6 +6,14 @@
              and a small transformer reads them (the layout models of Rombach et al. 2022, arXiv 2112.10752, appendix D.2)
 
 Empty slots are learned null features, or the table's last row. A layout whose slots are all empty is the null condition.
+
+Attention has to learn from nothing which places lie in a box. With "gligen" a layout may be painted beside it, too: the network's
+further input channels are, at each place p,
+
+    sum_j m_j(p) [W e_j, 1, u_j(p), v_j(p)]     m_j the box of object j with soft edges, e_j its class embedding,
+                                                u, v coordinates in the box from -1 to 1
+
+which has no order of the objects, and is differentiable in the boxes.
 """
 
 from __future__ import annotations
@@ -35,9 +43,10 @@ class LayoutEncoder(ModelMixin, ConfigMixin):
         codec: "gligen" or "tokens".
         vocabulary: rows of the table of "tokens"; the grid has floor(sqrt(vocabulary - 1)) points a side.
         layers: transformer blocks of "tokens".
+        paint: channels of W e; 0 paints nothing.
 
     Raises:
-        ValueError: an unknown codec, or a vocabulary smaller than the classes need.
+        ValueError: an unknown codec, a vocabulary smaller than the classes need, or paint without "gligen".
     """
 
     @register_to_config
@@ -49,41 +58,49 @@ class LayoutEncoder(ModelMixin, ConfigMixin):
         codec: str = "gligen",
         vocabulary: int = 1024,
         layers: int = 2,
+        paint: int = 0,
     ) -> None:
         super().__init__()
         if codec not in CODECS:
             raise unknown("codec", codec, CODECS)
+        if paint and codec != "gligen":
+            raise ValueError(f"paint={paint} needs the codec 'gligen': {codec!r} has no boxes. Use paint=0.")
         self.embedder = (
-            GligenCodec(len(class_names), dim)
+            GligenCodec(len(class_names), dim, paint)
             if codec == "gligen"
             else TokenCodec(len(class_names), slots, dim, vocabulary, layers)
         )
 
-    def forward(self, layout: Tensor) -> Tensor:
+    def forward(self, layout: Tensor) -> dict[str, Tensor]:
+        """What the network is told: `layout_embeds` (B, L, dim), and with paint `layout_objects` (B, N, paint + 5)."""
         return self.embedder(layout.to(self.dtype))
 
-    def null(self, count: int) -> Tensor:
-        """Tokens (count, L, dim) of empty layouts."""
+    def null(self, count: int) -> dict[str, Tensor]:
+        """The same of `count` empty layouts."""
         empty = torch.zeros(1, self.config.slots, 5, device=self.device)
         empty[..., 0] = -1
-        return self(empty).expand(count, -1, -1)
+        return {name: value.expand(count, -1, -1) for name, value in self(empty).items()}
 
 
 class GligenCodec(nn.Module):
     """A token an object, from its class embedding and its box."""
 
-    def __init__(self, classes: int, dim: int) -> None:
+    def __init__(self, classes: int, dim: int, paint: int = 0) -> None:
         super().__init__()
         self.table = nn.Embedding(classes, dim)
         self.position_net = GLIGENTextBoundingboxProjection(dim, dim)
+        self.paint = nn.Linear(dim, paint, bias=False) if paint else None
 
-    def forward(self, layout: Tensor) -> Tensor:
+    def forward(self, layout: Tensor) -> dict[str, Tensor]:
         present = (layout[..., 0] >= 0).to(layout)
         return self.encode(self.table(layout[..., 0].long().clamp(min=0)), layout[..., 1:], present)
 
-    def encode(self, classes: Tensor, boxes: Tensor, present: Tensor) -> Tensor:
-        """Tokens (B, N, dim) of class embeddings (B, N, dim), boxes (B, N, 4) and which slots hold an object (B, N), 0 to 1."""
-        return self.position_net(boxes, present, positive_embeddings=classes)
+    def encode(self, classes: Tensor, boxes: Tensor, present: Tensor) -> dict[str, Tensor]:
+        """Of class embeddings (B, N, dim), boxes (B, N, 4) and which slots hold an object (B, N), 0 to 1."""
+        found = {"layout_embeds": self.position_net(boxes, present, positive_embeddings=classes)}
+        if self.paint is not None:
+            found["layout_objects"] = torch.cat([self.paint(classes), present[..., None], boxes], dim=-1)
+        return found
 
 
 class TokenCodec(nn.Module):
@@ -99,7 +116,7 @@ class TokenCodec(nn.Module):
         self.blocks = nn.ModuleList(BasicTransformerBlock(dim, 4, dim // 4) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, layout: Tensor) -> Tensor:
+    def forward(self, layout: Tensor) -> dict[str, Tensor]:
         return self.encode(self.table(self.ids(layout)))
 
     def ids(self, layout: Tensor) -> Tensor:
@@ -110,9 +127,27 @@ class TokenCodec(nn.Module):
         ids = torch.stack([layout[..., 0].long(), first, last], dim=-1)
         return torch.where(layout[..., :1] < 0, none, ids).flatten(1)
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, 3 N, dim) as the network reads them, of rows of the table (B, 3 N, dim)."""
+    def encode(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Of rows of the table (B, 3 N, dim)."""
         hidden = tokens + self.positions.to(tokens)
         for block in self.blocks:
             hidden = block(hidden)
-        return self.norm(hidden)
+        return {"layout_embeds": self.norm(hidden)}
+
+
+def painted(objects: Tensor, height: int, width: int) -> Tensor:
+    """Objects (B, N, K + 5), as `layout_objects`, at the places of latents: (B, K + 3, height, width)."""
+    features, present, boxes = objects[..., :-5], objects[..., -5:-4], objects[..., -4:]
+    low, high = boxes[..., :2], boxes[..., 2:]
+    inside, within = [], []
+    for axis, count in enumerate((width, height)):
+        at = (torch.arange(count, device=objects.device, dtype=objects.dtype) + 0.5) / count
+        first, last = low[..., axis, None], high[..., axis, None]
+        # Soft over half a place to each side, so that the boxes have a gradient.
+        inside.append(torch.sigmoid(2 * count * (at - first)) * torch.sigmoid(2 * count * (last - at)))
+        within.append((2 * at - first - last) / (last - first).clamp(min=1 / count))
+    mask = present[..., None] * inside[1][..., :, None] * inside[0][..., None, :]  # (B, N, height, width)
+    channels = [torch.einsum("bnk,bnhw->bkhw", features, mask), mask.sum(1, keepdim=True)]
+    channels.append((mask * within[0][..., None, :]).sum(1, keepdim=True))
+    channels.append((mask * within[1][..., :, None]).sum(1, keepdim=True))
+    return torch.cat(channels, dim=1)

@@ -33,6 +33,7 @@ from genkit.inversion import (
     leave_one_out,
 )
 from genkit.layouts import Layout
+from genkit.layouts.encoder import painted
 from genkit.levels import Level, training_level
 from genkit.pipelines import GuidedPipeline
 from genkit.scoring import PairPlan
@@ -232,18 +233,19 @@ def test_results_do_not_depend_on_other_samples() -> None:
 # Layouts
 
 
-@pytest.mark.parametrize("codec", ["gligen", "tokens"])
-def test_layouts_are_slots(codec: str) -> None:
-    pipe = tiny_layouts(codec)
+@pytest.mark.parametrize(("codec", "paint"), [("gligen", 0), ("gligen", 5), ("tokens", 0)])
+def test_layouts_are_slots(codec: str, paint: int) -> None:
+    pipe = tiny_layouts(codec, paint)
     denoiser = Denoiser.of(pipe)
     slots = LayoutSlots(denoiser)
     layout = Layout(["star", "circle"], [(0.0, 1 / 3, 1.0, 1.0), (2 / 9, 0.0, 5 / 9, 4 / 9)])  # on the grid of 10 points
     rows, free = slots.encode([layout, Layout([], [])])
     nothing = torch.zeros(*rows.shape, slots.table.shape[1], requires_grad=True)
     with slots.condition(rows, nothing, free) as cond:
-        torch.testing.assert_close(
-            cond.tensors["layout_embeds"], denoiser.condition([layout, Layout([], [])]).tensors["layout_embeds"]
-        )
+        own, told = cond.tensors, denoiser.condition([layout, Layout([], [])]).tensors
+        torch.testing.assert_close(own["layout_embeds"], told["layout_embeds"])
+        if paint:
+            torch.testing.assert_close(painted(own["layout_objects"], 8, 8), painted(told["layout_objects"], 8, 8))
         assert torch.autograd.grad(cond.tensors["layout_embeds"].square().sum(), nothing)[0][0].abs().sum() > 0
     again = slots.layout(rows[0], None if free is None else free[0])
     assert again.labels == layout.labels

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -10,6 +12,7 @@ from torchvision.ops import box_iou
 from genkit.data import digits, scenes
 from genkit.denoisers import Denoiser
 from genkit.layouts import Layout, LayoutEncoder, pack
+from genkit.layouts.encoder import painted
 from genkit.levels import levels_of
 from genkit.pipelines import GuidedPipeline, LayoutToImagePipeline
 from genkit.zoo.training import scenes as training
@@ -18,18 +21,19 @@ NAMES = ["circle", "square", "star"]
 LAYOUT = Layout(["star", 0], [(0.1, 0.2, 0.5, 0.6), (0.5, 0.5, 1.0, 0.9)])
 
 
-def tiny(codec: str = "gligen") -> LayoutToImagePipeline:
+def tiny(codec: str = "gligen", paint: int = 0) -> LayoutToImagePipeline:
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=6, out_channels=4, block_out_channels=(16, 16), layers_per_block=1, cross_attention_dim=16,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2, attention_head_dim=4,
+        sample_size=8, in_channels=6 + (paint + 3 if paint else 0), out_channels=4, block_out_channels=(16, 16), layers_per_block=1,
+        cross_attention_dim=16, down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2, attention_head_dim=4,
         norm_num_groups=8,
     )  # fmt: skip
-    encoder = LayoutEncoder(NAMES, slots=3, dim=16, codec=codec, vocabulary=101, layers=1)
+    encoder = LayoutEncoder(NAMES, slots=3, dim=16, codec=codec, vocabulary=101, layers=1, paint=paint)
     return LayoutToImagePipeline(vae=vae.eval(), unet=unet.eval(), layout_encoder=encoder.eval(), scheduler=DDIMScheduler())
 
 
@@ -71,24 +75,58 @@ def test_what_does_not_fit_the_model_is_refused() -> None:
         LayoutEncoder(NAMES, codec="gligan")
     with pytest.raises(ValueError, match="vocabulary=3 is too small"):
         LayoutEncoder(NAMES, codec="tokens", vocabulary=3)
+    with pytest.raises(ValueError, match="paint=4 needs the codec 'gligen'"):
+        LayoutEncoder(NAMES, codec="tokens", paint=4)
 
 
 def test_gligen_tokens_are_those_of_the_objects_in_any_order() -> None:
     encoder = tiny().layout_encoder
     packed = pack([LAYOUT], NAMES, 3)
-    tokens = encoder(packed)
+    tokens = encoder(packed)["layout_embeds"]
     assert tokens.shape == (1, 3, 16)
-    torch.testing.assert_close(encoder(packed.flip(1)), tokens.flip(1))
+    torch.testing.assert_close(encoder(packed.flip(1))["layout_embeds"], tokens.flip(1))
     # An empty slot's box and class do not matter.
     other = packed.clone()
     other[0, 2, 1:] = 0.7
-    torch.testing.assert_close(encoder(other), tokens)
-    torch.testing.assert_close(encoder.null(2)[1, 0], tokens[0, 2])
+    torch.testing.assert_close(encoder(other)["layout_embeds"], tokens)
+    torch.testing.assert_close(encoder.null(2)["layout_embeds"][1, 0], tokens[0, 2])
+
+
+def test_a_painted_layout_shows_where_objects_are_in_any_order() -> None:
+    encoder = tiny(paint=5).layout_encoder
+    packed = pack([LAYOUT], NAMES, 3)
+    objects = encoder(packed)["layout_objects"]
+    assert objects.shape == (1, 3, 10)
+    canvas = painted(objects, 40, 80)
+    assert canvas.shape == (1, 8, 40, 80)
+    # The first object alone at (0.2, 0.3): its features, one object, and the place in its box from -1 to 1.
+    place = canvas[0, :, 12, 16]
+    torch.testing.assert_close(place[:5], objects[0, 0, :5], atol=2e-2, rtol=0)
+    at = torch.tensor([1.0, 2 * (16.5 / 80 - 0.1) / 0.4 - 1, 2 * (12.5 / 40 - 0.2) / 0.4 - 1])
+    torch.testing.assert_close(place[5:], at, atol=2e-2, rtol=0)
+    assert canvas[0, :, 2, 40].abs().max() < 1e-2  # nothing is there
+    torch.testing.assert_close(painted(encoder(packed.flip(1))["layout_objects"], 40, 80), canvas)
+    assert (painted(encoder.null(1)["layout_objects"], 4, 4) == 0).all()
+
+
+def test_a_network_that_is_told_by_paint_follows_it() -> None:
+    denoiser = Denoiser.of(tiny(paint=5))
+    cond = denoiser.condition(layouts=[LAYOUT, Layout([], [])])
+    denoiser.pipe.scheduler.set_timesteps(2)
+    x, level = torch.randn(2, 4, 8, 8), levels_of(denoiser.pipe.scheduler)[0]
+    told = denoiser(x, level, cond).x0
+    moved = denoiser.condition(layouts=[Layout(LAYOUT.labels, [(0.5, 0.2, 0.9, 0.6), LAYOUT.boxes[1]]), Layout([], [])])
+    moved.tensors["layout_embeds"] = cond.tensors["layout_embeds"]
+    assert not torch.equal(denoiser(x, level, moved).x0[0], told[0])
+    torch.testing.assert_close(denoiser(x, level, cond.null()).x0[1], told[1])
+    with pytest.raises(ValueError, match="Give layouts"):
+        denoiser.condition(layout_embeds=cond.tensors["layout_embeds"])
 
 
 def test_a_box_has_a_gradient_in_the_gligen_codec() -> None:
     packed = pack([LAYOUT], NAMES, 3).requires_grad_()
-    tiny().layout_encoder(packed).square().sum().backward()
+    told = tiny(paint=5).layout_encoder(packed)
+    (told["layout_embeds"].square().sum() + painted(told["layout_objects"], 8, 8).square().sum()).backward()
     assert packed.grad is not None
     assert (packed.grad[0, :2, 1:] != 0).all()
     assert (packed.grad[0, 2] == 0).all()
@@ -101,12 +139,12 @@ def test_the_vocabulary_shares_one_table() -> None:
     assert ids.tolist() == [[2, 21, 54, 0, 44, 89, 100, 100, 100]]
     corner = pack([Layout([1], [(0.0, 0.0, 1.0, 1.0)])], NAMES, 3)
     assert encoder.embedder.ids(corner)[0, :3].tolist() == [1, 0, 99]
-    assert encoder(corner).shape == (1, 9, 16)
+    assert encoder(corner)["layout_embeds"].shape == (1, 9, 16)
 
 
-@pytest.mark.parametrize("codec", ["gligen", "tokens"])
-def test_the_pipeline_round_trips_and_depends_on_the_layout(codec: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    pipe = tiny(codec)
+@pytest.mark.parametrize(("codec", "paint"), [("gligen", 0), ("gligen", 5), ("tokens", 0)])
+def test_the_pipeline_round_trips_and_depends_on_the_layout(codec: str, paint: int, tmp_path: Path) -> None:
+    pipe = tiny(codec, paint)
     pipe.save_pretrained(tmp_path)
     loaded = GuidedPipeline.from_pretrained(tmp_path)
     images = {name: p(layouts=LAYOUT, seeds=[3], num_inference_steps=2, output_type="pt").images

@@ -1,9 +1,9 @@
 """Trains `scenes`: a layout-to-image latent diffusion model of 64 x 64 scenes with one to five handwritten digits.
 
 The autoencoder is that of `digits`, trained on from there on crops of scenes. The network is a U-Net that reads the layout by
-cross-attention and the coordinates as two further input channels (CoordConv: Liu et al. 2018, arXiv 1807.03247); v-prediction as
-`text_to_latent` has it. A layout says what is there, not all that is there: in training, objects are left out at random, so that
-each further right object explains a picture better, and the empty layout is the null condition.
+cross-attention and, painted, as further input channels beside the coordinates (CoordConv: Liu et al. 2018, arXiv 1807.03247);
+v-prediction as `text_to_latent` has it. A layout says what is there, not all that is there: in training, objects are left out at
+random, so that each further right object explains a picture better, and the empty layout is the null condition.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from genkit import zoo
 from genkit.data import scenes
-from genkit.denoisers.layout import with_coordinates
+from genkit.denoisers.layout import network_input
 from genkit.layouts import LayoutEncoder
 from genkit.layouts.layout import EMPTY, shuffled
 from genkit.pipelines.layout import LayoutToImagePipeline
@@ -26,10 +26,10 @@ from genkit.zoo.training.autoencoder import fit_autoencoder, set_scaling_factor
 from genkit.zoo.training.text_to_latent import scheduler, velocity_loss
 
 VAE_CONFIG = TrainConfig(steps=4000, batch_size=32, lr=2e-3, seed=71, ema_decay=0.998)
-CONFIG = TrainConfig(steps=6000, batch_size=64, lr=1e-3, warmup=200, seed=72, ema_decay=0.999, validate_every=500, bf16=False)
+CONFIG = TrainConfig(steps=5000, batch_size=64, lr=1e-3, warmup=200, seed=72, ema_decay=0.998, validate_every=500)
 POOL = 24_576  # scenes that are encoded once, before training
 SLOTS = 6
-WIDTH = 128
+WIDTH, PAINT = 128, 16
 CROP = 32  # side of the crops that the autoencoder is trained on
 NULL_SHARE, PARTIAL_SHARE = 0.1, 0.3  # of the layouts: emptied; with each object left out with a probability of a half
 
@@ -92,26 +92,28 @@ class LayoutToLatent(nn.Module):
     """The two networks that are trained together."""
 
     def __init__(
-        self, codec: str = "gligen", block_out_channels: tuple[int, ...] = (32, 64, 128), latent_channels: int = 4
+        self, codec: str = "gligen", block_out_channels: tuple[int, ...] = (48, 96, 128), latent_channels: int = 4
     ) -> None:
         super().__init__()
-        self.layout_encoder = LayoutEncoder(list(scenes.CLASSES), slots=SLOTS, dim=WIDTH, codec=codec)
-        stages = len(block_out_channels)
+        paint = PAINT if codec == "gligen" else 0
+        self.layout_encoder = LayoutEncoder(list(scenes.CLASSES), slots=SLOTS, dim=WIDTH, codec=codec, paint=paint)
+        lower = len(block_out_channels) - 1  # the first stage has most of the places, and needs no attention: the layout is painted
         self.unet = UNet2DConditionModel(
             sample_size=scenes.SIZE // 4,
-            in_channels=latent_channels + 2,
+            in_channels=latent_channels + 2 + (paint + 3 if paint else 0),
             out_channels=latent_channels,
             block_out_channels=block_out_channels,
             layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D",) * stages,
-            up_block_types=("CrossAttnUpBlock2D",) * stages,
+            down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * lower,
+            up_block_types=("CrossAttnUpBlock2D",) * lower + ("UpBlock2D",),
             cross_attention_dim=WIDTH,
             attention_head_dim=4,
             norm_num_groups=16,
         )
 
     def forward(self, x: Tensor, t: Tensor, layout: Tensor) -> Tensor:
-        return self.unet(with_coordinates(x), t, self.layout_encoder(layout)).sample
+        told = self.layout_encoder(layout)
+        return self.unet(network_input(x, told), t, told["layout_embeds"]).sample
 
 
 def packed(batch: scenes.SceneBatch) -> Tensor:
