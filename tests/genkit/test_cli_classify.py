@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from genkit.cli.app import app
 from genkit.journal import Journal
 from genkit.pipelines import DiffusionClassifierPipeline
+from genkit.scoring import PairPlan
 from tests.processes import interrupted, two_processes
 
 LABELS = ["seven", "cat"]
@@ -52,8 +53,6 @@ def test_json_and_what_the_pipeline_says(folder: Path, options: tuple[object, ..
     files = sorted(folder.rglob("*.png"))
     assert [result["image"] for result in document["results"]] == list(map(str, files))
     pipe = DiffusionClassifierPipeline.from_pretrained(tiny_folder)
-    from genkit.scoring import PairPlan
-
     out = pipe([Image.open(file) for file in files], LABELS, template="a {}", policy="exhaustive", plan=PairPlan(count=4))
     for result, label, scores in zip(document["results"], out.labels, out.scores, strict=True):
         assert set(result) == {"image", "label", "probability", "scores", "evaluations", "error_bound", "truth"}
@@ -188,6 +187,20 @@ def test_tree_prior_pmi_and_several_prompts(folder: Path, options: tuple[object,
     more = ["--prior", "seven=0.9, cat=0.1", "--pmi", "--prompt", "a red {}", "--reduce", "mean", "--weighting", "elbo"]
     document = json.loads(classify(folder, *options, *more, "--json").stdout)
     assert document["results"][0]["evaluations"] == 2 * 2 * 4 + 4
+
+
+def test_inversion_among_many_labels(folder: Path, options: tuple[object, ...], tiny_folder: Path) -> None:
+    labels = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "cat", "dog"]
+    some = sorted(folder.rglob("*.png"))[:2]
+    options = (*options, "--labels", ",".join(labels), "--policy", "dive", "--pairs", 8)
+    document = json.loads(classify(*some, *options, "--json").stdout)
+    pipe = DiffusionClassifierPipeline.from_pretrained(tiny_folder)
+    out = pipe([Image.open(file) for file in some], labels, template="a {}", policy="dive", plan=PairPlan(count=8))
+    assert [result["label"] for result in document["results"]] == out.labels
+    assert [result["evaluations"] for result in document["results"]] == list(out.evaluations)
+    # Labels that the search never met have no score.
+    met = [sum(score is not None for score in result["scores"].values()) for result in document["results"]]
+    assert all(1 < count <= len(labels) for count in met)
 
 
 def test_labels_of_a_file(folder: Path, options: tuple[object, ...], tmp_path: Path) -> None:
