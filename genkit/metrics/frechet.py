@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genkit.metrics.estimate import REPLICATES, Estimate, centred, counts
+
 
 def frechet_distance(features1: Tensor, features2: Tensor) -> float:
     """d^2 between features (N, D) and (M, D), in float64; the covariances are those of N - 1 and M - 1.
@@ -15,10 +17,37 @@ def frechet_distance(features1: Tensor, features2: Tensor) -> float:
     Raises:
         ValueError: fewer than two samples, or different widths.
     """
-    if min(len(features1), len(features2)) < 2 or features1.shape[1] != features2.shape[1]:
-        raise ValueError(f"Cannot compare features of shapes {tuple(features1.shape)} and {tuple(features2.shape)}.")
-    f1, f2 = features1.double(), features2.double()
-    s1, s2 = torch.cov(f1.T), torch.cov(f2.T)
-    # tr (S1 S2)^(1/2) from the eigenvalues of S1 S2, which are those of a positive semi-definite matrix, so real and >= 0.
-    eigenvalues = torch.linalg.eigvals(s1 @ s2).real.clamp_min(0)
-    return ((f1.mean(0) - f2.mean(0)).square().sum() + s1.trace() + s2.trace() - 2 * eigenvalues.sqrt().sum()).item()
+    return frechet_estimate(features1, features2, replicates=0).value
+
+
+def frechet_estimate(features: Tensor, reference: Tensor, *, replicates: int = REPLICATES, seed: int = 0) -> Estimate:
+    """The distance of features (N, D) to a reference (M, D), with a bootstrap interval.
+
+    The features are resampled, the reference stays as it is: it belongs to the definition of the figure. The interval is that of
+    this N: a distance of fewer samples is larger, see `genkit.metrics.evaluation.shortage`.
+
+    Raises:
+        ValueError: fewer than two samples, or different widths.
+    """
+    if min(len(features), len(reference)) < 2 or features.shape[1] != reference.shape[1]:
+        raise ValueError(f"Cannot compare features of shapes {tuple(features.shape)} and {tuple(reference.shape)}.")
+    x, y = features.double(), reference.double()
+    mu, cov = y.mean(0), _covariance(y)
+    values, vectors = torch.linalg.eigh(cov)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+
+    def distance(weights: Tensor) -> Tensor:
+        """Of the rows as often as the weights (N,) say."""
+        mean, s = weights.double() @ x / len(x), _covariance(x, weights)
+        # S1^(1/2) S2 S1^(1/2) has the eigenvalues of S1 S2, and is symmetric.
+        shared = torch.linalg.eigvalsh(root @ s @ root).clamp_min(0).sqrt().sum()
+        return (mean - mu).square().sum() + s.trace() + cov.trace() - 2 * shared
+
+    value = distance(torch.ones(len(x), dtype=torch.int64)).item()
+    drawn = [distance(weights) for weights in counts(len(x), replicates, seed)]
+    return centred(value, torch.stack(drawn) if drawn else torch.empty(0), len(x))
+
+
+def _covariance(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(D, D) of rows (N, D), each as often as its weight says."""
+    return torch.cov(x.T, fweights=weights).reshape(x.shape[1], -1)
