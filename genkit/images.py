@@ -51,6 +51,25 @@ def read_text(path: Path) -> dict[str, str]:
         raise ValueError(f"{str(path)!r} claims to be larger than genkit reads ({error}).") from error
 
 
+def with_boxes(picture: Image.Image, boxes: Sequence[Sequence[float]], texts: Sequence[str], side: int = 320) -> Image.Image:
+    """A picture with boxes drawn on it, enlarged by a whole number to about `side` pixels where it is smaller.
+
+    Args:
+        boxes: x0, y0, x1, y1 in pixels of the picture.
+        texts: one for each.
+    """
+    import torch
+    from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+    from torchvision.utils import draw_bounding_boxes
+
+    scale = max(1, round(side / max(picture.size)))
+    picture = picture.convert("RGB").resize((picture.width * scale, picture.height * scale))
+    if not len(boxes):
+        return picture
+    places = torch.tensor([list(box) for box in boxes]) * scale
+    return to_pil_image(draw_bounding_boxes(pil_to_tensor(picture), places, list(texts), colors="red", width=2))
+
+
 def contact_sheet(
     rows: Sequence[Sequence[Image.Image | None]],
     row_labels: Sequence[str],

@@ -19,6 +19,7 @@ from genkit.cli.make_furniture import make_furniture
 from genkit.cli.sample import sample
 from genkit.cli.synth import synth
 from genkit.cli.train import train
+from genkit.cli.ui import ui
 from genkit.cli.zoo import zoo
 
 app = typer.Typer(
@@ -65,6 +66,7 @@ app.command()(export)
 app.add_typer(attention, name="attention")
 app.add_typer(zoo, name="zoo")
 app.command()(doctor)
+app.command()(ui)
 
 
 def main() -> None:

@@ -154,26 +154,13 @@ class Job(ImageJob):
 
     def _draw(self, folder: Path) -> None:
         """Each image with its boxes."""
-        import torch
-        from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-        from torchvision.utils import draw_bounding_boxes
-
         from genkit.data.pictures import read_picture
-        from genkit.images import save_png
+        from genkit.images import save_png, with_boxes
 
         names = _unique_names([Path(record["image"]) for record in self.results()])
         for record, name in zip(self.results(), names, strict=True):
-            picture = read_picture(Path(record["image"]))[0].convert("RGB")
-            scale = max(1, round(320 / max(picture.size)))
-            picture = picture.resize((picture.width * scale, picture.height * scale))
-            boxes = torch.tensor(record["boxes"]).reshape(-1, 4) * scale
             labels = [f"{label} {score:.2f}" for label, score in zip(record["labels"], record["scores"], strict=True)]
-            drawn = (
-                draw_bounding_boxes(pil_to_tensor(picture), boxes, labels, colors="red", width=2)
-                if len(boxes)
-                else pil_to_tensor(picture)
-            )
-            save_png(to_pil_image(drawn), folder / name)
+            save_png(with_boxes(read_picture(Path(record["image"]))[0], record["boxes"], labels), folder / name)
 
 
 def _record(file: Path, found: Detections, pipe: LayoutInversionPipeline, classes: list[str]) -> Record:
