@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -40,3 +41,14 @@ def prepare_folder(folder: Path) -> None:
         raise NotADirectoryError(f"The output path {str(folder)!r} is or lies below a file. Name a folder.") from None
     except OSError as error:
         raise OSError(f"The output folder {str(folder)!r} cannot be written ({error.strerror}). Name another.") from error
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again: GENKIT_CACHE, or `genkit` in the system's cache folder. It may be missing."""
+    if own := os.environ.get("GENKIT_CACHE"):
+        return Path(own).expanduser()
+    if os.name == "nt":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or ("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
+    return Path(base).expanduser() / "genkit"

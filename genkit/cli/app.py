@@ -13,6 +13,7 @@ from genkit.cli.classify import classify
 from genkit.cli.detect import detect
 from genkit.cli.distill import distill
 from genkit.cli.doctor import doctor
+from genkit.cli.eval import evaluation
 from genkit.cli.export import export
 from genkit.cli.features import features
 from genkit.cli.make_furniture import make_furniture
@@ -63,6 +64,7 @@ app.command()(synth)
 app.add_typer(train, name="train")
 app.command()(distill)
 app.command()(export)
+app.add_typer(evaluation, name="eval", help="Measure a set of images; [bold]suite[/bold] measures the figures of the README again.")
 app.add_typer(attention, name="attention")
 app.add_typer(zoo, name="zoo")
 app.command()(doctor)

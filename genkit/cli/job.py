@@ -41,11 +41,9 @@ class Job:
         Raises:
             typer.Exit: some images failed, or the run was interrupted.
         """
-        mine = [recipe for recipe in self.ranks.share(self.table.recipes) if recipe not in self.done]
         try:
             own = self.ranks.join(cpu=device == "cpu")
-            if mine:
-                self._make(mine, own or device, attn, batch_size, allow_pickle, tokens)
+            self.make(own or device, attn, batch_size, allow_pickle, tokens)
             self.ranks.wait()
             sheet = self.gallery.save_sheet(self.table) if grid and self.ranks.leads and len(self.table.recipes) > 1 else None
         except KeyboardInterrupt:
@@ -57,13 +55,15 @@ class Job:
             self.ranks.leave()
         self._report(sheet)
 
-    def _make(
-        self, recipes: list[Recipe], device: str, attn: str, batch_size: int, allow_pickle: bool, tokens: Sequence[Path]
-    ) -> None:
+    def make(self, device: str, attn: str, batch_size: int, allow_pickle: bool, tokens: Sequence[Path] = ()) -> None:
+        """This process's share of the images that are not there yet; what fails is in `errors`."""
         from genkit.attention import use_attention
         from genkit.console import progress
         from genkit.runner import load, run
 
+        recipes = [recipe for recipe in self.ranks.share(self.table.recipes) if recipe not in self.done]
+        if not recipes:
+            return
         first = recipes[0]
         with progress(disable=not self.ranks.leads) as bar, ExitStack() as stack:
             task = bar.add_task(f"loading {Path(first.model).name}", total=len(recipes))

@@ -117,7 +117,7 @@ def sample(
         base = _base(source, settings, size=size, guidance=guidance, tokens=token)
         folder = check_model(base.model, allow_pickle)
         if source is None and folder is not None:
-            base = _as_student(base, folder, settings)
+            base = as_student(base, folder, settings)
         subjects = _subjects(base, read_prompts(prompts, prompts_file), labels, from_recipe=source is not None, folder=folder)
         table = plan(subjects, [base.seed] if seeds is None else parse_seeds(seeds), [Axis.parse(text) for text in sweep or []])
         _check_guidance(table)
@@ -161,7 +161,7 @@ def _base(
     return base
 
 
-def _as_student(base: Recipe, folder: Path, given: dict[str, Any]) -> Recipe:
+def as_student(base: Recipe, folder: Path, given: dict[str, Any]) -> Recipe:
     """With a few-step student's own steps and guidance where none were given; other models' recipes as they are."""
     import dataclasses
 

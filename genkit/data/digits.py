@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -97,6 +98,31 @@ def caption(digit: int, ink: int | None = None, paper: int | None = None, *, tem
         paper=None if paper is None else COLORS[paper],
     )
     return with_articles(text)
+
+
+def read_caption(text: str) -> dict[str, int]:
+    """What a caption asks for: class indices of those of digit, ink and paper that it names, as the templates name them.
+
+    Nothing for a text that is none of these captions, the null prompt included.
+
+    Example:
+        >>> read_caption("a red 7 on a yellow background")
+        {'digit': 7, 'ink': 0, 'paper': 2}
+    """
+    plain = " ".join("a" if word == "an" else word for word in text.lower().split())
+    for pattern in _patterns():
+        if (match := pattern.fullmatch(plain)) is not None:
+            named = match.groupdict()
+            return {key: int(value) if value.isdecimal() else LABELS[key].index(value) for key, value in named.items()}
+    return {}
+
+
+@functools.cache
+def _patterns() -> list[re.Pattern[str]]:
+    """The templates as expressions with a group for each attribute."""
+    digit = f"(?P<digit>{'|'.join(DIGITS)}|[0-9])"
+    colours = {name: f"(?P<{name}>{'|'.join(COLORS)})" for name in ("ink", "paper")}
+    return [re.compile(template.format(digit=digit, **colours)) for template in FULL_TEMPLATES + PARTIAL_TEMPLATES]
 
 
 def with_articles(text: str) -> str:

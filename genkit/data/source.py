@@ -6,13 +6,16 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from genkit.data.pictures import find_pictures, fit_mask, fit_picture, picture_size, read_picture
+
+if TYPE_CHECKING:
+    from genkit.data.digits import DigitBatch
 
 COLORINGS = 4  # how often each handwritten digit appears, in other colours
 
@@ -31,6 +34,7 @@ class ImageSource:
         sizes: `row -> (height, width)` of its picture, or None if they are not known.
         masks: `(rows, (height, width)) -> label maps (B, H, W)` int64, a class for each pixel, 255 where there is none; or None.
         masked: for each row whether it has a label map, or None.
+        contents: `row -> bytes` that the picture is made from, so that it is known again; or None.
     """
 
     name: str
@@ -42,6 +46,7 @@ class ImageSource:
     sizes: Callable[[int], tuple[int, int]] | None = None
     masks: Callable[[Sequence[int], tuple[int, int]], Tensor] | None = None
     masked: list[bool] | None = None
+    contents: Callable[[int], bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -56,22 +61,26 @@ class ImageSource:
             field: None if (values := getattr(self, field)) is None else [values[row] for row in rows]
             for field in ("groups", "captions", "labels", "names", "masked")
         }
-        load, sizes, masks = self.load, self.sizes, self.masks
+        load, sizes, masks, contents = self.load, self.sizes, self.masks, self.contents
         return dataclasses.replace(
             self, load=lambda chosen, size: load([rows[i] for i in chosen], size),
             sizes=None if sizes is None else lambda i: sizes(rows[i]),
-            masks=None if masks is None else lambda chosen, size: masks([rows[i] for i in chosen], size), **picked,
+            masks=None if masks is None else lambda chosen, size: masks([rows[i] for i in chosen], size),
+            contents=None if contents is None else lambda i: contents(rows[i]), **picked,
         )  # fmt: skip
 
 
 def open_source(name: str | Path, count: int | None = None, *, masks: str | Path | None = None) -> ImageSource:
-    """The source of a name: "digits" (the training digits), "digits-test" (the held-out ones), or a folder of images.
+    """The source of a name: "digits" (the training digits), "digits-test" (the held-out ones), a folder of images, or FILE.npz.
 
     A folder's captions come from `metadata.jsonl` ({"file_name": ..., "text": ...} on each line, as Hugging Face has it) or from
     NAME.txt beside each image; its labels from the names of its subfolders.
 
+    An .npz has its pictures as `arr_0`, as `images` or as its only array of such a shape: (N, H, W, 3), (N, 3, H, W) or (N, H, W)
+    of bytes, or of numbers in [0, 1] or [-1, 1]; and perhaps `captions` (N,) and `labels` (N,). Pickled arrays are refused.
+
     Args:
-        count: rows wanted; a folder with fewer images is repeated.
+        count: rows wanted; a folder or file with fewer images is repeated.
         masks: folder of label maps of a folder's images, as far as there are any: for a/b.jpg the picture a/b.png, whose grey
             values or palette indices are classes, 255 for none. Digits have their own, see `genkit.data.digits.label_maps`.
 
@@ -83,8 +92,12 @@ def open_source(name: str | Path, count: int | None = None, *, masks: str | Path
     if str(name) == "digits-test":
         return _digits("test", count or 1000)
     folder = Path(name)
+    if folder.suffix == ".npz" and folder.is_file():
+        from genkit.data.arrays import open_arrays
+
+        return open_arrays(folder, count)
     if not folder.is_dir():
-        raise ValueError(f"There is no data {str(name)!r}. Give 'digits', 'digits-test' or a folder of images.")
+        raise ValueError(f"There is no data {str(name)!r}. Give 'digits', 'digits-test', a folder of images or FILE.npz.")
     source = _folder(folder, count)
     return source if masks is None else _with_masks(source, Path(masks))
 
@@ -93,6 +106,16 @@ def _digits(split: str, count: int) -> ImageSource:
     from genkit.data import digits
 
     batch = digits.draw(split, count, seed=77)
+    # Mostly the canonical caption, else what people type, down to the null prompt: what is conditional should know them all.
+    rng = np.random.default_rng(77)
+    attributes = zip(batch.captions(), batch.attributes(), strict=True)
+    captions = [full if rng.random() < 0.6 else digits.training_caption(row, rng) for full, row in attributes]
+    return digit_source("digits" if split == "train" else f"digits-{split}", split, batch, captions)
+
+
+def digit_source(name: str, split: str, batch: DigitBatch, captions: list[str]) -> ImageSource:
+    """The source of digits that were drawn from a split without augmentation."""
+    from genkit.data import digits
 
     def load(rows: Sequence[int], size: tuple[int, int]) -> Tensor:
         images = batch.images[list(rows)]
@@ -100,10 +123,6 @@ def _digits(split: str, count: int) -> ImageSource:
             images = torch.nn.functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
         return images
 
-    # Mostly the canonical caption, else what people type, down to the null prompt: what is conditional should know them all.
-    rng = np.random.default_rng(77)
-    attributes = zip(batch.captions(), batch.attributes(), strict=True)
-    captions = [full if rng.random() < 0.6 else digits.training_caption(row, rng) for full, row in attributes]
     labels: list[str | int] = [digits.DIGITS[digit] for digit in batch.digit.tolist()]
     strokes = batch.stroke.tolist()
     names = [f"{split} digit {stroke}" for stroke in strokes]
@@ -112,8 +131,8 @@ def _digits(split: str, count: int) -> ImageSource:
         maps = digits.label_maps(split, batch.stroke[list(rows)])
         return torch.nn.functional.interpolate(maps[:, None].float(), size, mode="nearest-exact")[:, 0].long()
 
-    return ImageSource("digits" if split == "train" else f"digits-{split}", load, strokes, captions, labels, names,
-                       lambda row: (digits.SIZE, digits.SIZE), masks, [True] * count)  # fmt: skip
+    return ImageSource(name, load, strokes, captions, labels, names, lambda row: (digits.SIZE, digits.SIZE), masks,
+                       [True] * len(strokes), lambda row: batch.images[row].numpy().tobytes())  # fmt: skip
 
 
 def _folder(folder: Path, count: int | None) -> ImageSource:
@@ -130,6 +149,7 @@ def _folder(folder: Path, count: int | None) -> ImageSource:
         folder.name, load, groups,
         None if captions is None else [captions[i] for i in groups], None if labels is None else [labels[i] for i in groups],
         [files[i].relative_to(folder).as_posix() for i in groups], lambda row: picture_size(files[groups[row]]),
+        contents=lambda row: files[groups[row]].read_bytes(),
     )  # fmt: skip
 
 

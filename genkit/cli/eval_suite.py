@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def suite() -> None:
+    """Placeholder."""
