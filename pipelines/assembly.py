@@ -119,7 +119,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
             template_steps: of DDIM for each cloud.
             refine_steps: of refinement after the start; by default none after a search, which settles by itself, else 60.
             h_range: noise over signal at the first and the last step, in units; in standard deviations with `coupling="index"`.
-            init: `search` from nowhere, `random` poses, or `given` ones.
+            init: `search` from nowhere, `random` poses, or `given` ones, which are settled as found ones are.
             initial_poses: (P, 4, 4) or (H, P, 4, 4) in units, for `given`; by default as the parts came.
             coupling: where refinement moves points to, see `genkit.assembly.couplings`; `index` needs the model.
             push_apart: parts that lie in each other are pushed apart during refinement.
@@ -186,6 +186,8 @@ class PartAssemblyPipeline(DiffusionPipeline):
                     return TemplateTarget(_thinned(template), coupling)
 
                 poses = _refined(parts, poses, target, levels, points_per_part, push_apart, fit, chunk_size, history)
+            if init == "given" and coupling != "index":
+                poses = searcher.settled(poses)
             if len(poses) == 0:
                 continue
             scores = judge(searcher, parts, poses)
@@ -209,7 +211,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
         """Load an embedded model by name, or a folder.
 
         Raises:
-            ValueError: no such model, or a folder that is damaged or holds pickles.
+            ValueError: no such model, one of something else, or a folder that is damaged or holds pickles.
         """
         from genkit import zoo
         from genkit.checkpoints import check_folder
@@ -220,7 +222,18 @@ class PartAssemblyPipeline(DiffusionPipeline):
         if not folder.is_dir():
             raise unknown("model", model, zoo.names())
         check_folder(folder)
-        return cls.from_pretrained(str(folder), use_safetensors=True)
+        pipe = cls.from_pretrained(str(folder), use_safetensors=True)
+        if pipe.denoiser is None:
+            raise ValueError(f"{model!r} is no model of point clouds. Use 'furniture', or a folder that it was trained into.")
+        return pipe
+
+    def check_category(self, category: str | int | None) -> None:
+        """Refuse a category that the model lacks, before anything is drawn or written.
+
+        Raises:
+            ValueError: no such category, or no model.
+        """
+        self._model().label(category)
 
     def generate_templates(self, count: int, category: str | int | None, *, steps: int = 20, seed: int = 0) -> Tensor:
         """Clouds (count, 4096, 3) of the model, of unit standard deviation; cloud i is a function of (seed, i)."""

@@ -32,7 +32,7 @@ def write_poses(file: Path, parts: PartSet, poses: Tensor, scores: dict[str, Ten
 
     Args:
         scores: as `genkit.assembly.hypotheses.judge` gives them.
-        **settings: go into the document as they are.
+        **settings: go into the document as they are: `units`, `seed`, ...
     """
     motions = parts.to_input(poses)
     hypotheses = []
@@ -43,7 +43,7 @@ def write_poses(file: Path, parts: PartSet, poses: Tensor, scores: dict[str, Ten
         {"name": name, "matrix": motion.tolist(), "class": int(number), "residual": residual.item() * parts.unit}
         for name, motion, number, residual in zip(parts.names, motions[0], parts.geometry_ids, scores["residual"][0], strict=True)
     ]
-    frame = {"version": 1, "units": "as the input", "unit_length": parts.unit, "frame": "that of the reference or the model"}
+    frame = {"version": 1, "unit_length": parts.unit, "frame": "that of the reference or the model"}
     document = {**frame, **settings, "parts": named, "score": hypotheses[0]["energy"], "hypotheses": hypotheses}
     write_atomic(file, (json.dumps(document, indent=1) + "\n").encode())
     return document
@@ -89,20 +89,25 @@ def write_turntable(file: Path, parts: PartSet, poses: Tensor, size: int = 320) 
     write_atomic(file, buffer.getvalue())
 
 
-def write_viewer(file: Path, parts: PartSet, poses: Tensor, history: list[Tensor] | None, note: str = "") -> None:
+def write_viewer(
+    file: Path, parts: PartSet, poses: Tensor, history: list[Tensor] | None, note: str = "", start: Tensor | None = None
+) -> None:
     """Write a page that shows the assemblies (H, P, 4, 4), the first one's history, and needs no network.
 
-    Each assembly begins scattered: parts in a ring, turned at random, since what pose they came in may be the answer.
+    Args:
+        start: how each assembly begins (P, 4, 4); by default scattered: parts in a ring, turned at random, since what pose they
+            came in may be the answer.
     """
     triangles = [_triangles(parts, i, MOST_TRIANGLES // len(parts)) for i in range(len(parts))]
     corners = [t.reshape(-1, 3) @ pose[:3, :3].numpy().T + pose[:3, 3].numpy() for t, pose in zip(triangles, poses[0], strict=True)]
     centre, radius = ball(np.concatenate(corners))
     colors = palette(len(parts)) / 255
-    scattered = _scattered(parts, torch.from_numpy(centre), radius)
+    first = _scattered(parts, torch.from_numpy(centre), radius) if start is None else start
+    begun = "scattered" if start is None else "as given"
     assemblies = []
     for h, pose in enumerate(poses):
-        steps = [scattered, *(history or []), pose] if h == 0 else [scattered, pose]
-        names = ["scattered", *(f"step {k + 1}" for k in range(len(steps) - 2)), "assembled"]
+        steps = [first, *(history or []), pose] if h == 0 else [first, pose]
+        names = [begun, *(f"step {k + 1}" for k in range(len(steps) - 2)), "assembled"]
         assemblies.append({"name": f"{h + 1}", "frames": [[_columns(one) for one in frame] for frame in steps], "steps": names})
     data = {
         "parts": [

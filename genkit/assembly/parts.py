@@ -51,7 +51,7 @@ class PartSet:
         category: such as "chair", where known.
 
     Raises:
-        ValueError: fields whose shapes do not fit, or fewer than two or more than 64 parts.
+        ValueError: fields whose shapes do not fit, fewer than two or more than 64 parts, or two of one name.
     """
 
     points: Tensor
@@ -72,8 +72,7 @@ class PartSet:
         count = len(self.points)
         if self.points.ndim != 3 or self.points.shape[-1] != 3:
             raise ValueError(f"The parts' points must be (parts, points, 3); got {tuple(self.points.shape)}.")
-        if not 2 <= count <= MOST_PARTS:
-            raise ValueError(f"There {'is 1 part' if count == 1 else f'are {count} parts'}. An assembly has 2 to {MOST_PARTS}.")
+        _check_count(count)
         shapes = {
             "extents": (count, 3), "areas": (count,), "frames": (count, 4, 4), "poses": (count, 4, 4), "classes": (count,),
             "geometry_ids": (count,), "mirrors": (count, 3), "contacts": (count, count, 4),
@@ -84,6 +83,9 @@ class PartSet:
                 raise ValueError(f"{name} is {tuple(value.shape)} but must be {shape} for {count} parts.")
         if len(self.names) != count or (self.meshes is not None and len(self.meshes) != count):
             raise ValueError(f"There are {count} parts but {len(self.names)} names. Give one for each.")
+        twice = next((name for i, name in enumerate(self.names) if name in self.names[:i]), None)
+        if twice is not None:
+            raise ValueError(f"Two parts are called {twice!r}. Rename one.")
         if not torch.isfinite(self.points).all():
             raise ValueError("The parts' points have NaN or infinite coordinates.")
 
@@ -120,8 +122,9 @@ class PartSet:
             **fields: `classes`, `category`, `geometry_ids`.
 
         Raises:
-            ValueError: a mesh without surface, or with NaN vertices; names it.
+            ValueError: a mesh without surface, with NaN vertices, or without bounds; names it.
         """
+        _check_count(len(meshes))
         names = tuple(names or (f"part {i}" for i in range(len(meshes))))
         boxed = [_boxed_mesh(mesh, name, seed) for mesh, name in zip(meshes, names, strict=True)]
         unit = _unit([box for _, _, box in boxed])
@@ -154,6 +157,7 @@ class PartSet:
         Raises:
             ValueError: clouds of different lengths, of one place, or with NaN.
         """
+        _check_count(len(clouds))
         names = tuple(names or (f"part {i}" for i in range(len(clouds))))
         arrays = [np.asarray(cloud, dtype=np.float64) for cloud in clouds]
         if len({array.shape for array in arrays}) > 1 or any(array.ndim != 2 or array.shape[1] != 3 for array in arrays):
@@ -184,6 +188,11 @@ class PartSet:
         return moved
 
 
+def _check_count(count: int) -> None:
+    if not 2 <= count <= MOST_PARTS:
+        raise ValueError(f"There {'is 1 part' if count == 1 else f'are {count} parts'}. An assembly has 2 to {MOST_PARTS}.")
+
+
 def _in_units(frame: np.ndarray, unit: float) -> np.ndarray:
     scaled = frame.copy()
     scaled[:3, 3] /= unit
@@ -203,7 +212,9 @@ def content_seed(vertices: np.ndarray, seed: int, stream: int) -> int:
 def _boxed_mesh(mesh: Any, name: str, seed: int) -> tuple[Any, np.ndarray, np.ndarray]:
     """The mesh in the frame of its box, the rigid frame (4, 4) that leads back, and the sides of the box."""
     vertices = np.asarray(mesh.vertices, dtype=np.float64)
-    if len(mesh.faces) == 0 or not np.isfinite(mesh.area) or mesh.area <= 0:
+    if np.isfinite(vertices).all() and not np.isfinite(mesh.area):
+        raise ValueError(f"The part {name!r} is too large: coordinates reach {np.abs(vertices).max():.3g}. Scale it.")
+    if len(mesh.faces) == 0 or mesh.area <= 0:
         raise ValueError(f"The part {name!r} has no surface. Remove it, or repair the mesh.")
     frame, box = _boxed(vertices, name, content_seed(vertices, seed, REPOSE))
     turned = mesh.copy()

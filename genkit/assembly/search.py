@@ -30,6 +30,7 @@ from genkit.assembly.selection import Costs, choose, improve_pairs, rank
 from genkit.assembly.settle import Settler
 from genkit.assembly.surfaces import Shape, part_surface, shapes_of
 from genkit.assembly.symmetry import box_rotations
+from genkit.assembly.units import ratio_near
 from genkit.noise import mix
 
 _ALIKE = 0.2  # boxes that differ less may be taken for each other
@@ -185,6 +186,10 @@ class Search:
         self.tell("finish", 1.0)
         return self._in_frames(poses[best]), energy[best]
 
+    def settled(self, poses: Tensor, steps: int = 8) -> Tensor:
+        """Assemblies (H, P, 4, 4) that are nearly right, settled on the template."""
+        return self._in_frames(self.exact.settle(torch.stack([self.to_shapes(pose) for pose in poses]), steps)[0])
+
     def _propose(self) -> None:
         config = self.config
         span = float((self.template.points.amax(0) - self.template.points.amin(0)).max())
@@ -290,9 +295,12 @@ def content_order(parts: PartSet) -> list[int]:
 
 
 def scale_of(parts: PartSet, template: Surface) -> float:
-    """How many times larger than the parts a template is that may be a scan of them; 1 where it is about as large."""
+    """How many times larger than the parts a template is that may be a scan of them; 1 where it is about as large.
+
+    Where it is measured in other units, most likely, it is their ratio: areas alone tell the scale to some percent only.
+    """
     scale = area_scale(parts, template)
-    return 1.0 if _SAME_SCALE[0] < scale < _SAME_SCALE[1] else scale
+    return 1.0 if _SAME_SCALE[0] < scale < _SAME_SCALE[1] else ratio_near(scale)
 
 
 def area_scale(parts: PartSet, template: Surface) -> float:

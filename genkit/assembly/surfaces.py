@@ -63,7 +63,7 @@ def template_surface(template: Any, unit: float = 1.0, scale: float = 1.0) -> Su
         unit, scale: the template's lengths are divided by `unit * scale`.
 
     Raises:
-        ValueError: a cloud of another shape, of fewer than 64 points, or with NaN; a mesh without surface.
+        ValueError: a cloud of another shape, of fewer than 64 points, of one place, or with NaN; a mesh without surface.
     """
     if isinstance(template, Surface):
         return template
@@ -77,6 +77,8 @@ def template_surface(template: Any, unit: float = 1.0, scale: float = 1.0) -> Su
         raise ValueError(f"A reference cloud must be (K, 3) with at least 64 points; got {tuple(cloud.shape)}.")
     if not torch.isfinite(cloud).all():
         raise ValueError("The reference has NaN or infinite coordinates. Repair it.")
+    if float((cloud.amax(0) - cloud.amin(0)).max()) <= 0:
+        raise ValueError(f"All {len(cloud)} points of the reference are at one place. Give a scan of the whole object.")
     if len(cloud) > TEMPLATE_SAMPLES:
         generator = torch.Generator().manual_seed(content_seed(cloud.numpy(), 2, SURFACE))
         cloud = cloud[torch.randperm(len(cloud), generator=generator)[:TEMPLATE_SAMPLES]]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from genkit.assembly.parts import MOST_PARTS, PartSet
+from genkit.data.npy import read_npy, read_npz
 
 if TYPE_CHECKING:
     from trimesh import Trimesh
@@ -86,7 +87,7 @@ def read_mesh(file: str | Path) -> Trimesh:
         raise ValueError(f"{str(file)!r} is no mesh. Known: {', '.join(MESHES + SCENES)}.")
     mesh = _load(file, force="mesh")
     if len(mesh.vertices) == 0:
-        raise ValueError(f"{str(file)!r} holds no mesh: it has no vertices. Export it again, or remove it.")
+        raise ValueError(f"{str(file)!r} holds no mesh: it has no faces. Export it again, or remove it.")
     return _checked(mesh, file)
 
 
@@ -100,13 +101,14 @@ def read_reference(file: str | Path) -> Any:
     if file.suffix.lower() in (".npy", ".npz"):
         _check_size(file)
         try:
-            content = np.load(file, allow_pickle=False)
-            cloud = content["points"] if file.suffix.lower() == ".npz" else content
-        except (ValueError, KeyError, OSError, EOFError) as error:
+            cloud = read_npz(file, MOST_BYTES)["points"] if file.suffix.lower() == ".npz" else read_npy(file)
+            if cloud.dtype.kind not in "iuf" or not np.isfinite(cloud).all():
+                raise ValueError(f"its {cloud.shape} of {cloud.dtype} are not all finite numbers")
+        except (ValueError, KeyError, OSError) as error:
             raise ValueError(
                 f"{str(file)!r} holds no cloud of points ({error}). Give an array (K, 3), in .npz as `points`."
             ) from error
-        return np.asarray(cloud, dtype=np.float64)
+        return cloud.astype(np.float64)
     if file.suffix.lower() == ".ply":
         content = _load(file, force=None)
         if not hasattr(content, "faces") and hasattr(content, "vertices"):
@@ -173,6 +175,9 @@ def _check_size(file: Path) -> None:
 def _checked(mesh: Any, file: Path) -> Any:
     if not np.isfinite(mesh.vertices).all():
         raise ValueError(f"{str(file)!r} has NaN or infinite coordinates. Repair the mesh.")
-    if len(getattr(mesh, "faces", ())) > MOST_FACES:
-        raise ValueError(f"{str(file)!r} has {len(mesh.faces):,} faces, more than {MOST_FACES:,}. Simplify the mesh.")
+    faces = np.asarray(getattr(mesh, "faces", ()))
+    if faces.size and not 0 <= faces.min() <= faces.max() < len(mesh.vertices):
+        raise ValueError(f"{str(file)!r} has faces of vertices that it lacks. Export it again.")
+    if len(faces) > MOST_FACES:
+        raise ValueError(f"{str(file)!r} has {len(faces):,} faces, more than {MOST_FACES:,}. Simplify the mesh.")
     return mesh
