@@ -58,6 +58,9 @@ class Job:
         Raises:
             ValueError: nothing to measure, images that cannot be read or made, a metric that so few images do not have.
         """
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         began = time.perf_counter()
         device = self.ranks.join(cpu=device == "cpu") or resolve_device(device)
         plan = self.plan

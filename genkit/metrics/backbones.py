@@ -69,7 +69,7 @@ class Backbone:
         """A hash of name, size and all weights."""
         digest = hashlib.sha256(json.dumps([self.name, self.size, self.dimensions]).encode())
         for name, value in sorted(self.network.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode() + value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -134,7 +134,7 @@ def _timm_by_name(name: str, model: str) -> Backbone:
             f"Get them with `hf download {repository}`, or use judge."
         )
     sizes = {"img_size": 224} if model == DINOV2 else {}
-    return _timm(name, timm.create_model(model, num_classes=0, checkpoint_path=file, **sizes))
+    return _timm(name, timm.create_model(model, pretrained=True, pretrained_cfg_overlay={"file": file}, num_classes=0, **sizes))
 
 
 def _timm(name: str, network: Any) -> Backbone:
@@ -156,7 +156,7 @@ def _folder(folder: Path) -> Backbone:
         named = {key: config.get(key) for key in ("_class_name", "architecture", "model_type")}
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{str(folder)!r} holds no network: config.json is missing or is no JSON object.") from error
-    check_folder(folder, shapes=named["architecture"] is None)
+    check_folder(folder, shapes=named["_class_name"] is not None)
     if named["_class_name"] == "AttributeClassifier":
         return _attributes(folder.name, folder)
     if named["architecture"] is not None:

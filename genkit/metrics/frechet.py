@@ -41,7 +41,7 @@ def frechet_estimate(features: Tensor, reference: Tensor, *, replicates: int = R
         mean, s = weights.double() @ x / len(x), _covariance(x, weights)
         # S1^(1/2) S2 S1^(1/2) has the eigenvalues of S1 S2, and is symmetric.
         shared = torch.linalg.eigvalsh(root @ s @ root).clamp_min(0).sqrt().sum()
-        return (mean - mu).square().sum() + s.trace() + cov.trace() - 2 * shared
+        return ((mean - mu).square().sum() + s.trace() + cov.trace() - 2 * shared).clamp_min(0)  # rounding
 
     value = distance(torch.ones(len(x), dtype=torch.int64)).item()
     drawn = [distance(weights) for weights in counts(len(x), replicates, seed)]

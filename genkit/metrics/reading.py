@@ -1,8 +1,8 @@
 """Features of all pictures of a source, shared out over processes and kept on the disk piece by piece.
 
 A piece is 64 rows; its pictures go through the network together whatever the number of processes, so the features are the same. It
-is kept under a hash of all that it depends on (weights, size, the pictures' bytes), whole or not at all, with a checksum: a file that
-is damaged counts as missing. So what an interrupted run has finished is found by the next.
+is kept under a hash of all that it depends on (weights, size, the pictures' bytes), whole or not at all, with a checksum: a damaged
+file counts as missing. So what an interrupted run has finished is found by the next.
 """
 
 from __future__ import annotations
