@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from genkit.distill.samplers import LevelSampler, NoiseSampler
 from genkit.distill.spec import TASKS
 from genkit.errors import unknown
+from genkit.files import read_toml
 
 METHODS = ("ladd", "add")
 TAP_SETS = ("quarter", "half", "all")  # what `taps` may say instead of names
@@ -217,7 +217,7 @@ class DistillConfig:
         values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
         try:
             return cls(**values)
-        except TypeError as error:
+        except (TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"A setting has a value of another type: {error}.") from error
 
     @classmethod
@@ -246,7 +246,7 @@ class DistillConfig:
                 "disc_condition": ("text", "image"),
             }  # fmt: skip
         if recipe is not None:
-            table = read_toml(recipe).get("distill", {})
+            table = read_table(recipe, "distill")
             if table.get("method", method) != method:
                 raise ValueError(f"The recipe {str(recipe)!r} is for {table['method']!r}, not {method!r}.")
             values |= table
@@ -262,21 +262,19 @@ def recipe_teacher(recipe: Path) -> str | None:
     """
     if not recipe.is_file():
         raise FileNotFoundError(f"There is no recipe {str(recipe)!r}.")
-    return read_toml(recipe).get("distill", {}).get("teacher")
+    teacher = read_table(recipe, "distill").get("teacher")
+    if teacher is not None and not isinstance(teacher, str):
+        raise ValueError(f"The teacher of {str(recipe)!r} is {teacher!r:.80}. Give a name, a folder or a repository.")
+    return teacher
 
 
-def read_toml(file: Path) -> dict[str, Any]:
-    """A TOML file.
+def read_table(recipe: Path, name: str) -> dict[str, Any]:
+    """A table of a recipe; empty if it has none of that name.
 
     Raises:
-        ValueError: it is no TOML.
+        ValueError: it is no TOML, or the name is that of something else.
     """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(file)!r} is no TOML ({error}). Repair it.") from error
+    table = read_toml(recipe).get(name, {})
+    if not isinstance(table, dict):
+        raise ValueError(f"[{name}] of {str(recipe)!r} is no table. Repair it.")
+    return table

@@ -66,7 +66,7 @@ class Shard:
             self.shapes = {name: tuple(self._handle.get_slice(name).get_shape()) for name in names}
         except FileNotFoundError:
             raise ValueError("it is missing") from None
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise ValueError(f"it is truncated or damaged: {error}") from error
         if self.metadata.get("settings") != settings:
             raise ValueError("it was made with other settings")
@@ -159,7 +159,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads(file.read_text(encoding="utf-8"))
         record["space"].items()
         [(int(shard["items"]), tuple(shard["shape"])) for shard in record["shards"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} is damaged. Remove the folder and make its data again.") from error
     if record.get("format") != _FORMAT:
         raise ValueError(

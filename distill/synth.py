@@ -22,7 +22,7 @@ from torch import Tensor
 
 from genkit import noise, samplers
 from genkit.denoisers.text import TextDenoiser
-from genkit.distill.config import read_toml
+from genkit.distill.config import read_table
 from genkit.distill.data import LatentDataset, latent_space
 from genkit.distill.shards import STORAGE, SYNTH, Content, Part, fill, identity
 from genkit.errors import unknown
@@ -91,14 +91,14 @@ class SynthConfig:
         Raises:
             ValueError: a file or a setting that cannot be used; of an unknown one the message has the closest.
         """
-        values: dict[str, Any] = {} if recipe is None else read_toml(recipe).get("synth", {})
+        values: dict[str, Any] = {} if recipe is None else read_table(recipe, "synth")
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
                 raise unknown("setting of samples", name, known)
         try:
             return cls(**values | {name: value for name, value in changes.items() if value is not None})
-        except TypeError as error:
+        except (TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"A setting has a value of another type: {error}.") from error
 
 

@@ -47,7 +47,7 @@ class TrainedRun:
             raise FileNotFoundError(f"{str(folder)!r} is no distillation run: it has no config.json.") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{str(file)!r} is not JSON ({error}). The run is damaged.") from error
-        missing = [name for name in ("teacher", "levels", "method") if not isinstance(content, dict) or name not in content]
+        missing = [name for name in ("teacher", "levels", "method") if not isinstance(content, dict) or content.get(name) is None]
         if missing:
             raise ValueError(f"{str(file)!r} does not say {', '.join(missing)}. Name the --out of a `genkit distill`.")
         self.config: dict[str, Any] = content

@@ -7,6 +7,7 @@ imports torch and diffusers; the others do not.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,19 @@ def components(folder: Path) -> dict[Path, tuple[str, str]]:
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
         # [library, class] is a component, [null, null] one that is left out, anything else a setting.
-        return {folder / k: (v[0], v[1]) for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0] and v[1]}
+        pairs = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and all(v)}
+        for name, pair in pairs.items():
+            if Path(name).name != name or not all(isinstance(part, str) for part in pair):
+                raise ValueError(f"The component {name!r:.100} of {str(folder)!r} is damaged: {pair!s:.100}. Get the model again.")
+        return {folder / k: (v[0], v[1]) for k, v in pairs.items()}
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
-        if "_class_name" in config:
-            return {folder: ("diffusers", config["_class_name"])}
-        return {folder: ("transformers", (config.get("architectures") or ["AutoModel"])[0])}
+        library = "diffusers" if "_class_name" in config else "transformers"
+        name = config.get("_class_name") or config.get("architectures") or "AutoModel"
+        name = name[0] if isinstance(name, list) else name
+        if not isinstance(name, str):
+            raise ValueError(f"{str(folder / 'config.json')!r} does not say its class. The model is damaged: get it again.")
+        return {folder: (library, name)}
     raise FileNotFoundError(f"{str(folder)!r} is no model folder: it has neither model_index.json nor config.json.")
 
 
@@ -104,7 +112,10 @@ def _tensors(component: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]] 
 
 
 def _shards(index: Path) -> set[str]:
-    return set(read_json(index).get("weight_map", {}).values())
+    table = read_json(index).get("weight_map", {})
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise ValueError(f"{str(index)!r} does not say where the weights are. The model is damaged: get it again.")
+    return set(table.values())
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -126,7 +137,13 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 def _check_shapes(component: Path, library: str, class_name: str, tensors: dict[str, tuple[int, ...]]) -> None:
     """Compare with the component built from its configuration on the meta device."""
-    model = on_meta(component, library, class_name)
+    try:
+        model = on_meta(component, library, class_name, most=10 * (len(tensors) + 100))
+    except Exception as error:  # a constructor with values that it never expected raises almost anything
+        raise ValueError(
+            f"The configuration of {component.name!r} makes no {class_name} ({type(error).__name__}: {error!s:.200}). "
+            f"Check config.json in {str(component)!r}, or get the model again."
+        ) from error
     if model is None:
         return
     for name, tensor in model.state_dict().items():
@@ -152,17 +169,32 @@ def _numel(shape: tuple[int, ...]) -> int:
     return count
 
 
-def on_meta(component: Path, library: str, class_name: str) -> Any:
-    """The component without memory; None if its class cannot be told or its weights are quantised (packed shapes)."""
+def on_meta(component: Path, library: str, class_name: str, *, most: int = 100_000) -> Any:
+    """The component without memory; None if its class cannot be told or its weights are quantised (packed shapes).
+
+    Args:
+        most: parameters, after which the configuration is taken for damaged: it must not ask for layers without end.
+    """
     import torch
+    from torch.nn.modules.module import register_module_parameter_registration_hook
 
     cls = _find_class(library, class_name)
     if cls is None or "quantization_config" in read_json(component / "config.json"):
         return None
-    with torch.device("meta"):
-        if hasattr(cls, "load_config"):  # diffusers
-            return cls.from_config(cls.load_config(component))
-        return cls(cls.config_class.from_pretrained(component))
+    left = itertools.count(most, -1)
+
+    def count(*_: Any) -> None:
+        if next(left) <= 0:
+            raise ValueError(f"it asks for more than {most:,} tensors")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            if hasattr(cls, "load_config"):  # diffusers
+                return cls.from_config(cls.load_config(component))
+            return cls(cls.config_class.from_pretrained(component))
+    finally:
+        hook.remove()
 
 
 def _find_class(library: str, class_name: str) -> Any:

@@ -51,7 +51,7 @@ class Gallery:
         try:
             # The side-car is written last, so it vouches for the image.
             content = json.loads(sidecar.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         if not isinstance(content, dict) or content.get("hash") != recipe.hash or not self.path(recipe).is_file():
             return False

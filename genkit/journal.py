@@ -66,9 +66,9 @@ class Journal:
         content = file.read_bytes()[: _whole(file)].decode("utf-8", "replace")
         try:
             lines = [json.loads(line) for line in content.splitlines()]
-        except ValueError:
+        except (ValueError, RecursionError):
             lines = [None]
-        if not all(isinstance(line, dict) for line in lines) or (lines and "settings" not in lines[0]):
+        if not all(isinstance(line, dict) for line in lines) or (lines and not isinstance(lines[0].get("settings"), dict)):
             raise ValueError(f"{str(file)!r} is no journal of genkit. Name another output.")
         if lines:
             self._require_equal(file, lines[0]["settings"])

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import platform
 import re
 import unicodedata
@@ -301,6 +300,6 @@ def _require_integer(name: str, value: Any, low: int, high: int) -> None:
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:  # NaN is in no range
         raise ValueError(f"{name} must be a number from {low} to {high}; got {value!r:.100}.")
     return float(value)

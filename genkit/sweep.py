@@ -31,7 +31,7 @@ def parse_seeds(text: str) -> list[int]:
         last = first if match[2] is None else int(match[2])
         if last < first:
             raise ValueError(f"Seeds {text!r}: the range {part.strip()!r} runs backwards. Write {last}-{first}.")
-        if last - first >= MAX_IMAGES:
+        if last - first + len(seeds) >= MAX_IMAGES:
             raise ValueError(f"Seeds {text!r}: that is more than {MAX_IMAGES:,} seeds. Split the run.")
         seeds.update(dict.fromkeys(range(first, last + 1)))
     return list(seeds)

@@ -127,12 +127,17 @@ class _Run:
         file = self.folder / "checkpoint.pt"
         if not file.exists():
             return
-        state = torch.load(file, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.step, self.best = state["step"], state["best"]
+        try:
+            state = torch.load(file, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.step, self.best = int(state["step"]), dict(state["best"])
+        except Exception as error:  # a damaged pickle can raise anything
+            raise ValueError(
+                f"The checkpoint {str(file)!r} is damaged, or of another run ({type(error).__name__}). Remove it to start again."
+            ) from error
 
     def save(self) -> None:
         """Write the checkpoint; it is there whole or not at all. The processes are alike, so the first one does it."""
@@ -142,8 +147,17 @@ class _Run:
         state |= {"optimizer": self.optimizer.state_dict()}
         state |= {"schedule": self.schedule.state_dict(), "step": self.step, "best": self.best}
         file = self.folder / "checkpoint.pt"
-        torch.save(state, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
+        temporary = file.with_suffix(".tmp")
+        try:
+            with open(temporary, "wb") as stream:
+                torch.save(state, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, file)
+        except (OSError, RuntimeError) as error:  # what torch.save raises when the disk is full
+            raise OSError(f"The checkpoint {str(file)!r} could not be written ({error}). Is the disk full?") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def train(self, loss: Callable[..., Tensor], validate: Callable[[Any], dict[str, float]] | None) -> Any:
         config, saved, told = self.config, time.monotonic(), self.step > 0

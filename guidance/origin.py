@@ -46,10 +46,12 @@ def require_same(record: dict[str, Any] | None, pipe: Any, what: str, train: str
         train: the command that trains one, after `genkit train`.
 
     Raises:
-        ValueError: another model, latent space or noise schedule; the message names both.
+        ValueError: another model, latent space or noise schedule, and the message names both; a damaged record.
     """
     if record is None:
         return
+    if not isinstance(record, dict) or not {*_PARTS, "name"} <= set(record):
+        raise ValueError(f"The {what} does not say whole what it was trained on: it is damaged. Train it again.")
     here = origin(pipe)
     for part, name in _PARTS.items():
         if not _same(record[part], here[part]):

@@ -187,12 +187,14 @@ def _kept(out: Path | None, settings: dict[str, Any], resume: bool) -> list[dict
     try:
         document = json.loads(out.read_text(encoding="utf-8"))
         before, rows = document["settings"], document["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(out)!r} holds no rows of assemble-eval. Name another --out.") from error
+    except (ValueError, KeyError, TypeError, RecursionError):
+        before, rows = None, None
+    if not isinstance(before, dict) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{str(out)!r} holds no rows of assemble-eval. Name another --out.")
     changed = sorted(key for key in settings if before.get(key) != settings[key])
     if changed:
         raise ValueError(f"{str(out)!r} was made with other settings ({', '.join(changed)}). Name another --out.")
-    return list(rows)
+    return rows
 
 
 def _objects(

@@ -189,7 +189,7 @@ def _hierarchy(file: Path | None) -> dict[str, list[str]] | None:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise OSError(f"The hierarchy {str(file)!r} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"The hierarchy {str(file)!r} is not JSON ({error}).") from error
     if not isinstance(content, dict) or not all(isinstance(value, list) for value in content.values()):
         raise ValueError(f'The hierarchy {str(file)!r} is not of the form {{"prompt of a group": ["label", ...]}}.')

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from genkit.distill import SynthConfig
     from genkit.ranks import Ranks
 
+MAX_LABELS = 1_000_000
 _WHAT, _HOW, _WHERE, _MACHINE = "What to draw", "How to sample", "Files", "Machine"
 
 
@@ -173,7 +174,7 @@ def parse_labels(text: str) -> list[int | str]:
     """The labels of "0-9", "207,360" or "seven,three".
 
     Raises:
-        ValueError: none, or a range that runs backwards.
+        ValueError: none, more than a million, or a range that runs backwards.
     """
     labels: list[int | str] = []
     for part in (part.strip() for part in text.split(",")):
@@ -181,6 +182,8 @@ def parse_labels(text: str) -> list[int | str]:
         if first.isdecimal() and last.isdecimal():
             if int(first) > int(last):
                 raise ValueError(f"--labels {text!r}: the range {part!r} runs backwards. Write {last}-{first}.")
+            if int(last) - int(first) + len(labels) >= MAX_LABELS:
+                raise ValueError(f"--labels {text!r:.100}: that is more than {MAX_LABELS:,} labels.")
             labels += range(int(first), int(last) + 1)
         elif part:
             labels.append(int(part) if part.isdecimal() else part)

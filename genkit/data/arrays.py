@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from genkit.data.npy import read_header
 from genkit.data.pictures import fit_picture
 from genkit.data.source import ImageSource
 
@@ -56,9 +57,7 @@ def open_arrays(file: Path, count: int | None = None) -> ImageSource:
 def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
     """Of an array, from its header alone."""
     with archive.open(name) as stream:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
+        shape, _, dtype = read_header(stream)
     if dtype.hasobject:
         raise ValueError("it has pickled objects")
     if (size := int(np.prod(shape, dtype=np.float64)) * dtype.itemsize) > LIMIT:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from genkit.files import write_atomic
 from genkit.layouts.layout import Layout
 
 MAX_BYTES = 2 * 2**30  # of a file: COCO's own are 0.5 GB
+_MOST = 10**7  # pixels along a side, and of a box's coordinates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +71,17 @@ def read_coco(file: Path) -> CocoData:
     if not isinstance(document, dict) or not all(isinstance(document.get(name), list) for name in tables):
         raise ValueError(f"{file} is no COCO annotation file: it needs the lists {', '.join(tables)}.")
     categories: dict[str, int] = {}
+    names: dict[int, str] = {}
     for entry in document["categories"]:
         name, number = _field(entry, "name", str, file), _field(entry, "id", int, file)
-        if name in categories or number in categories.values():
+        if name in categories or number in names:
             raise ValueError(f"{file} has the category {name!r} or its id {number} twice. Give each once.")
-        categories[name] = number
-    names = {number: name for name, number in categories.items()}
+        categories[name], names[number] = number, name
     sizes: dict[int, tuple[str, int, int]] = {}
     for entry in document["images"]:
         image_id, width, height = (_field(entry, name, int, file) for name in ("id", "width", "height"))
-        if image_id in sizes or min(width, height) < 1:
-            raise ValueError(f"{file} has image {image_id} twice, or without a size ({width} x {height}).")
+        if image_id in sizes or min(width, height) < 1 or max(width, height) > _MOST:
+            raise ValueError(f"{file} has image {image_id} twice, or of no possible size ({width} x {height}).")
         sizes[image_id] = (_field(entry, "file_name", str, file), width, height)
     objects: dict[int, list[tuple[str, tuple[float, ...]]]] = {image_id: [] for image_id in sizes}
     for entry in document["annotations"]:
@@ -144,7 +144,7 @@ def _field(entry: Any, name: str, kind: type, file: Path) -> Any:
 def _box(entry: dict[str, Any], size: tuple[int, ...], file: Path) -> tuple[float, ...] | None:
     """x0, y0, x1, y1 from 0 to 1, cut at the picture's border; None where nothing of it is left."""
     box = entry.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) and -_MOST <= v <= _MOST for v in box):
         raise ValueError(f"{file} has the box {str(box)[:80]}. Give x, y, width, height in pixels.")
     x, y, width, height = box
     sides = [x / size[0], y / size[1], (x + width) / size[0], (y + height) / size[1]]

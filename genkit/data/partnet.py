@@ -28,11 +28,13 @@ from torch import Tensor
 from genkit.assembly.equivalence import geometry_classes
 from genkit.assembly.parts import MOST_PARTS, SURFACE, PartSet, content_seed
 from genkit.assembly.rigid import matrix_to_quaternion, pose_matrix, quaternion_to_matrix
+from genkit.data.npy import parse_npy, read_header, read_npz
 from genkit.errors import unknown
 
 CATEGORIES = ("Chair", "Table", "Lamp")
 SPLITS = ("train", "val", "test")
 MOST_BYTES = 64 * 2**20  # of a shape's file
+MOST_UNPACKED = 256 * 2**20
 _PLAIN = {
     ("builtins", name) for name in ("list", "dict", "tuple", "set", "int", "float", "bool", "complex", "str", "bytes", "slice")
 } | {("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype")}
@@ -59,21 +61,16 @@ def read_pickled_array(file: Path, *, allow_pickle: bool) -> Any:
         raise FileNotFoundError(f"There is no file {str(file)!r}.")
     if file.stat().st_size > MOST_BYTES:
         raise ValueError(f"{str(file)!r} has more than {MOST_BYTES >> 20} MiB, too much for one shape.")
+    stream = io.BytesIO(file.read_bytes())
     try:
-        with open(file, "rb") as stream:
-            version = np.lib.format.read_magic(stream)
-            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read_header(stream)
-            if not dtype.hasobject:
-                stream.seek(0)
-                return np.load(stream, allow_pickle=False)
-            if not allow_pickle:
-                raise ValueError(
-                    f"{str(file)!r} is a pickle. Pass --allow-pickle to read it, restricted to arrays and plain values."
-                )
-            content = _Unpickler(io.BytesIO(stream.read())).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ImportError) as error:
-        raise ValueError(f"{str(file)!r} is damaged, or a pickle of more than arrays and plain values: {error}.") from error
+        shape, _, dtype = read_header(stream)
+        if not dtype.hasobject:
+            return parse_npy(stream.getvalue())
+        content = _Unpickler(stream).load() if allow_pickle else None
+    except Exception as error:  # whatever a damaged pickle makes of its few functions
+        raise ValueError(f"{str(file)!r} is damaged, or a pickle of more than arrays and plain values: {error!s:.200}.") from error
+    if not allow_pickle:
+        raise ValueError(f"{str(file)!r} is a pickle. Pass --allow-pickle to read it, restricted to arrays and plain values.")
     return content.item() if isinstance(content, np.ndarray) and shape == () else content
 
 
@@ -92,9 +89,8 @@ def read_arrays(path: Path, *, truth: bool = True, allow_pickle: bool = False, *
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"{str(path)!r} has more than {MOST_BYTES >> 20} MiB, too much for one object.")
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                content = {name: archive[name] for name in archive.files}
-        except (ValueError, OSError, EOFError, KeyError) as error:
+            content: Any = read_npz(path, MOST_UNPACKED)
+        except (ValueError, OSError) as error:
             raise ValueError(f"{str(path)!r} cannot be read as .npz ({error}). Write it again, without objects.") from error
     else:
         content = read_pickled_array(path, allow_pickle=allow_pickle)
@@ -105,7 +101,7 @@ def read_arrays(path: Path, *, truth: bool = True, allow_pickle: bool = False, *
 
 def from_fields(content: dict[str, Any], *, name: str = "the shape", truth: bool = True, **fields: Any) -> PartSet:
     """Parts of the benchmark's fields; `read_arrays` has the arguments."""
-    points = np.asarray(content["part_pcs"], dtype=np.float32)
+    points = _numbers(content["part_pcs"], "part_pcs", name).astype(np.float32)
     if points.ndim != 3 or points.shape[-1] != 3:
         raise ValueError(f"`part_pcs` of {name} is {points.shape}. It must be (parts, points, 3).")
     if not 2 <= len(points) <= MOST_PARTS:
@@ -113,18 +109,17 @@ def from_fields(content: dict[str, Any], *, name: str = "the shape", truth: bool
     if not np.isfinite(points).all():
         raise ValueError(f"`part_pcs` of {name} has NaN or infinite coordinates.")
     if content.get("part_poses") is None:
-        names = tuple(map(str, content["names"])) if "names" in content else None
-        return PartSet.from_clouds(list(points), names, truth=truth, **fields)
+        return PartSet.from_clouds(list(points), _names(content, len(points), name), truth=truth, **fields)
     fields.pop("seed", None)
-    cloud, poses = _rectified(torch.from_numpy(points), _poses(np.asarray(content["part_poses"]), name))
+    cloud, poses = _rectified(torch.from_numpy(points), _poses(_numbers(content["part_poses"], "part_poses", name), name))
 
     def tensor(key: str, dtype: torch.dtype) -> Tensor | None:
-        return None if content.get(key) is None else torch.from_numpy(np.array(content[key])).to(dtype)
+        return None if content.get(key) is None else torch.from_numpy(_numbers(content[key], key, name)).to(dtype)
 
     extents = cloud.amax(1) - cloud.amin(1)
     ids = tensor("geo_part_ids", torch.long)
     parts = PartSet(
-        points=cloud, extents=extents, areas=_areas(cloud), names=tuple(map(str, content.get("names", range(len(points))))),
+        points=cloud, extents=extents, areas=_areas(cloud), names=_names(content, len(points), name) or tuple(map(str, range(len(points)))),
         frames=torch.eye(4, dtype=torch.float64).repeat(len(points), 1, 1), poses=poses, classes=tensor("part_ids", torch.long),
         geometry_ids=geometry_classes(extents, tensor("part_ids", torch.long)) if ids is None else ids,
         mirrors=tensor("sym", torch.bool), contacts=tensor("contacts", torch.float32), **fields,
@@ -207,8 +202,30 @@ def pose_vectors(poses: Tensor) -> Tensor:
     return torch.cat([poses[:, :3, 3], matrix_to_quaternion(poses[:, :3, :3])], -1)
 
 
+def _numbers(value: Any, key: str, name: str) -> np.ndarray:
+    """A field as an array of whole numbers or float64."""
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # lists of different lengths, and what else a pickle may hold
+        raise ValueError(f"`{key}` of {name} is no array ({error!s:.100}).") from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"`{key}` of {name} holds no numbers but {array.dtype}.")
+    return array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
+
+
+def _names(content: dict[str, Any], count: int, name: str) -> tuple[str, ...] | None:
+    if "names" not in content:
+        return None
+    names = np.asarray(content["names"])
+    if names.shape != (count,):
+        raise ValueError(f"`names` of {name} is {names.shape}, but there are {count} parts.")
+    return tuple(map(str, names))
+
+
 def _poses(values: np.ndarray, name: str) -> Tensor:
     poses = torch.from_numpy(values.astype(np.float64))
+    if not torch.isfinite(poses).all():
+        raise ValueError(f"`part_poses` of {name} has NaN or infinite numbers.")
     if poses.ndim == 2 and poses.shape[1] == 7:
         return pose_matrix(quaternion_to_matrix(poses[:, 3:]), poses[:, :3])
     if poses.ndim == 3 and tuple(poses.shape[1:]) == (4, 4):

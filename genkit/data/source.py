@@ -175,7 +175,7 @@ def _captions(folder: Path, files: list[Path]) -> list[str] | None:
             try:
                 entry = json.loads(line)
                 table[folder / entry["file_name"]] = str(entry["text"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f'{metadata}, line {i + 1} is not {{"file_name": ..., "text": ...}}.') from error
     for file in files:
         if file not in table and file.with_suffix(".txt").is_file():

@@ -123,7 +123,7 @@ class FeatureCache:
         """
         if tap not in self.record["taps"]:
             raise ValueError(f"There are no features of the tap {tap!r}. Cached: {', '.join(self.record['taps'])}.")
-        return np.load(_file(self.folder, tap), mmap_mode="r")
+        return _open_array(self.folder, tap, self.record)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -148,13 +148,16 @@ class _Writer:
     ) -> None:
         self.extractor, self.source, self.folder = extractor, source, folder
         self.size, self.batch_size, self.ranks = size, batch_size, ranks
-        self.arrays = {tap.name: np.load(_file(folder, tap.name), mmap_mode="r") for tap in extractor.taps}
+        record = _read_record(folder)
+        if record is None:
+            raise FileNotFoundError(f"{str(folder)!r} has lost its {RECORD}. Make the features again.")
+        self.arrays = {tap.name: _open_array(folder, tap.name, record["settings"]) for tap in extractor.taps}
 
     def run(self, progress: Callable[[int], None]) -> None:
         mine = self.ranks.share(sorted(_pieces(len(self.source))))
         there = _finished(self.folder)
         note = self.folder / f"done-{self.ranks.index}.json"
-        own = json.loads(note.read_text()) if note.exists() else []
+        own = sorted(_noted(note))
         progress(sum(len(self._rows(start)) for start in mine if start in there))
         for start in mine:
             if start in there:
@@ -264,10 +267,21 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        content["settings"]["data"]["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(file)!r} is damaged. Remove the folder and make the features again.") from error
+        sound = _is_sound(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{str(file)!r} is damaged. Remove the folder and make the features again.")
     return content
+
+
+def _is_sound(content: dict[str, Any]) -> bool:
+    settings = content["settings"]
+    rows, taps = settings["data"]["rows"], settings["taps"]
+    lists = [content["groups"], *(content[name] for name in ("names", "labels") if content[name] is not None)]
+    whole = type(rows) is int and all(isinstance(values, list) and len(values) == rows for values in lists)
+    shapes = all(isinstance(shape, list) and all(type(side) is int for side in shape) for shape in taps.values())
+    return whole and shapes and all(Path(tap).name == tap for tap in taps) and type(_draws(settings)) is int
 
 
 def _pieces(rows: int) -> set[int]:
@@ -276,7 +290,33 @@ def _pieces(rows: int) -> set[int]:
 
 
 def _finished(folder: Path) -> set[int]:
-    return {start for note in folder.glob("done-*.json") for start in json.loads(note.read_text())}
+    return {start for note in folder.glob("done-*.json") for start in _noted(note)}
+
+
+def _noted(note: Path) -> set[int]:
+    """The pieces that a process has noted; none if the note is damaged, so that they are made again."""
+    try:
+        starts = json.loads(note.read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return set()
+    return {start for start in starts if type(start) is int} if isinstance(starts, list) else set()
+
+
+def _open_array(folder: Path, tap: str, settings: dict[str, Any]) -> np.memmap:
+    """The array of a tap as a memory map.
+
+    Raises:
+        ValueError: it is missing, truncated or damaged.
+    """
+    expected = (settings["data"]["rows"], _draws(settings), *settings["taps"][tap])
+    try:
+        array = np.load(_file(folder, tap), mmap_mode="r")
+        sound = array.shape == expected and array.dtype == settings["dtype"]
+    except Exception:  # the header of a damaged file is parsed as Python, which raises many things
+        sound = False
+    if not sound:
+        raise ValueError(f"{str(_file(folder, tap))!r} is missing or damaged. Remove the folder and make the features again.")
+    return array
 
 
 def _file(folder: Path, tap: str) -> Path:

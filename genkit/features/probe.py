@@ -63,6 +63,8 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         if self.head not in HEADS:
             raise unknown("head", self.head, HEADS)
+        if not self.taps or not self.t:
+            raise ValueError("A probe reads at least one tap at one t. Give both.")
         if self.head in ("attention", "feedback") and (len(self.taps), len(self.t)) != (1, 1):
             raise ValueError(f"The {self.head} head takes one tap and one t, got {len(self.taps)} and {len(self.t)}. Use fusion.")
         if self.head == "fusion" and len(self.taps) * len(self.t) < 2:
@@ -146,7 +148,7 @@ class Probe:
             taps, times = tuple(values.pop("taps")), tuple(values.pop("t"))
             config = ProbeConfig(**values, taps=taps, t=times, train=train)
             name, labels = record["model"]["name"], record["labels"]
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"{str(folder / RECORD)!r} is damaged ({error}). Train the probe again.") from error
         if denoiser is None:
             if name not in zoo.names():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ class Layout:
     boxes: Sequence[Sequence[float]]
 
     def __post_init__(self) -> None:
+        for name, values in (("labels", self.labels), ("boxes", self.boxes)):
+            if isinstance(values, str) or not hasattr(values, "__len__"):
+                raise ValueError(f"The {name} of a layout are {values!r:.80}. Give a list.")
         if len(self.labels) != len(self.boxes):
             raise ValueError(f"A layout has {len(self.labels)} labels and {len(self.boxes)} boxes. Give one box for each label.")
         for box in self.boxes:
@@ -40,7 +44,10 @@ class Layout:
 
 def check_box(box: Sequence[float]) -> None:
     """Raise ValueError for a box that is not x0 < x1, y0 < y1 within 0 to 1."""
-    values = [float(value) for value in box]
+    try:
+        values = [float(value) for value in box if not isinstance(value, str)]
+    except (TypeError, OverflowError, ValueError):
+        raise ValueError(f"The box {box!s:.80} is not four numbers. Give x0, y0, x1, y1 from 0 to 1.") from None
     shown = ", ".join(f"{value:g}" for value in values)
     if len(values) != 4:
         raise ValueError(f"The box ({shown}) has {len(values)} numbers. Give x0, y0, x1, y1.")
@@ -91,6 +98,6 @@ def _class_number(label: str | int, class_names: Sequence[str]) -> int:
         if label not in class_names:
             raise unknown("class", label, class_names)
         return list(class_names).index(label)
-    if not 0 <= int(label) < len(class_names):
-        raise ValueError(f"There is no class {label}. Give a number from 0 to {len(class_names) - 1}, or a name.")
+    if isinstance(label, bool) or not isinstance(label, SupportsIndex) or not 0 <= int(label) < len(class_names):
+        raise ValueError(f"There is no class {label!r:.80}. Give a number from 0 to {len(class_names) - 1}, or a name.")
     return int(label)

@@ -64,7 +64,7 @@ def card(name: str) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"The card {file} is not JSON ({error}). Repair or remove it.") from error
     if not isinstance(content, dict):
         raise ValueError(f"The card {file} is not a JSON object. Repair or remove it.")

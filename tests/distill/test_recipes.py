@@ -9,9 +9,10 @@ import timm
 import torch
 
 from genkit.distill import SynthConfig, synthesize
-from genkit.distill.config import DistillConfig, read_toml, recipe_teacher
+from genkit.distill.config import DistillConfig, recipe_teacher
 from genkit.distill.sources import PixelEncoder
 from genkit.distill.trainer import DistillTrainer
+from genkit.files import read_toml
 from genkit.pipelines import GuidedPipeline
 from tests import tiny
 from tests.distill.tiny_runs import data_of
