@@ -167,9 +167,9 @@ def flipped(content: bytes, other: bytes, rng: random.Random) -> bytes:
 
 
 _HOSTILE: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**25, 10**400, 0.5, -0.0, 1e308, 1e-320, float("nan"), float("inf"),
-    float("-inf"), "", "a", "0", "seven", "\x00", "\ud800", "\x1b[2J", "é" * 300, "../../x", "/etc/passwd", "nan", [], {}, [[]], [None],
-    {"a": 1}, [0] * 7, [1e400, -1],
+    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**25, 10**400, 0.5, -0.0, 1e308, 1e-320,
+    float("nan"), float("inf"), float("-inf"), "", "a", "0", "seven", "\x00", "\ud800", "\x1b[2J", "é" * 300,
+    "../../x", "/etc/passwd", "nan", [], {}, [[]], [None], {"a": 1}, [0] * 7, [1e400, -1],
 )  # fmt: skip
 
 

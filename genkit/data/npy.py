@@ -1,4 +1,4 @@
-"""Arrays of `.npy` and `.npz` files that may come from anyone: nothing is unpickled, and no more memory is taken than the bytes say.
+"""Arrays of `.npy` and `.npz` files that may come from anyone: nothing is unpickled, no more memory is taken than the bytes say.
 
 numpy's own reader allocates what a header claims, and unpacks what an archive holds, whatever the file's size.
 """

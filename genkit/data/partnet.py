@@ -119,7 +119,8 @@ def from_fields(content: dict[str, Any], *, name: str = "the shape", truth: bool
     extents = cloud.amax(1) - cloud.amin(1)
     ids = tensor("geo_part_ids", torch.long)
     parts = PartSet(
-        points=cloud, extents=extents, areas=_areas(cloud), names=_names(content, len(points), name) or tuple(map(str, range(len(points)))),
+        points=cloud, extents=extents, areas=_areas(cloud),
+        names=_names(content, len(points), name) or tuple(map(str, range(len(points)))),
         frames=torch.eye(4, dtype=torch.float64).repeat(len(points), 1, 1), poses=poses, classes=tensor("part_ids", torch.long),
         geometry_ids=geometry_classes(extents, tensor("part_ids", torch.long)) if ids is None else ids,
         mirrors=tensor("sym", torch.bool), contacts=tensor("contacts", torch.float32), **fields,

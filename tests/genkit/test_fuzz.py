@@ -1,4 +1,4 @@
-"""Damaged and hostile inputs: every reader gives what it documents, or an error that it documents; `benchmarks/fuzz.py` does more."""
+"""Damaged and hostile inputs: every reader raises only what it documents. `benchmarks/fuzz.py` does more of it."""
 
 from __future__ import annotations
 
