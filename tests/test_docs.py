@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shlex
 import sys
@@ -47,6 +48,17 @@ def test_tutorials_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(found) >= 4
     for number, block in enumerate(found, 1):
         exec(compile(block, f"{page.name}, block {number}", "exec"), module.__dict__)
+
+
+@of(PAGES)
+def test_examples_are_python_and_import_what_exists(page: Path) -> None:
+    """Of the blocks that are not run, since they need your model or your pictures."""
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "genkit":
+                module = importlib.import_module(str(node.module))
+                for name in node.names:
+                    assert hasattr(module, name.name), f"{node.module} has no {name.name}"
 
 
 @of(PAGES)
