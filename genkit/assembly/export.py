@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from genkit.assembly.nearest_grid import Surface
 from genkit.assembly.parts import PartSet
-from genkit.assembly.picture import ball, draw, palette
+from genkit.assembly.picture import SAMPLES, ball, draw, palette
 from genkit.assembly.rigid import invert, pose_matrix, random_rotations, transform
 from genkit.assembly.surfaces import part_surface
 from genkit.files import write_atomic
@@ -76,7 +77,7 @@ def write_ply(file: Path, parts: PartSet, poses: Tensor) -> None:
 
 def write_turntable(file: Path, parts: PartSet, poses: Tensor, size: int = 320) -> None:
     """Write views (two rows of four) of the assembly from around."""
-    surfaces = [part_surface(parts, i) for i in range(len(parts))]
+    surfaces = [_shown(parts, i) for i in range(len(parts))]
     points = [transform(s.points.double(), pose).numpy() for s, pose in zip(surfaces, poses, strict=True)]
     normals = [(s.normals.double() @ pose[:3, :3].T).numpy() for s, pose in zip(surfaces, poses, strict=True)]
     frame, columns = ball(np.concatenate(points)), VIEWS // 2
@@ -119,6 +120,14 @@ def write_viewer(
     page = (Path(__file__).parent / "viewer.html").read_text(encoding="utf-8")
     # "</" cannot end the script element then, whatever a note or a name holds.
     write_atomic(file, page.replace("__DATA__", json.dumps(data).replace("</", "<\\/")).encode())
+
+
+def _shown(parts: PartSet, i: int) -> Surface:
+    """Samples of part i in its frame, as many as its share of the surface is, so that all parts look solid alike."""
+    if parts.meshes is None:
+        return Surface(parts.points[i])
+    count = max(1000, round(SAMPLES * float(parts.areas[i] / parts.areas.sum())))
+    return part_surface(parts, i, count)
 
 
 def _triangles(parts: PartSet, i: int, most: int) -> np.ndarray:

@@ -38,11 +38,11 @@ class Shape:
     turns: list[Tensor]
 
 
-def part_surface(parts: PartSet, i: int) -> Surface:
+def part_surface(parts: PartSet, i: int, count: int = PART_SAMPLES) -> Surface:
     """Samples of part i in its frame: of its mesh, with its normals, or else its points."""
     if parts.meshes is None:
         return Surface(parts.points[i])
-    points, normals = sample_mesh(parts.meshes[i], PART_SAMPLES, seed=1)
+    points, normals = sample_mesh(parts.meshes[i], count, seed=1)
     frame = parts.frames[i].double()
     local = transform(points / parts.unit, invert(frame))
     return Surface(local.float(), (normals @ frame[:3, :3]).float())
