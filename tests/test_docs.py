@@ -150,3 +150,21 @@ def test_the_reference_has_every_public_package() -> None:
             parts = file.parent.relative_to(ROOT).parts
             public.add(".".join(parts if parts[0] == "genkit" else ("genkit", *parts)))
     assert public - {"genkit.attention.kernels", "genkit.guidance.training"} <= listed
+
+
+def test_what_the_threat_page_says_is_held_by_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "threats.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::([\w:]+)`", text)
+    assert len(named) >= 20
+    for file, path in named:
+        body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+        for name in path.split("::"):
+            found = next((n for n in body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == name), None)
+            assert found is not None, f"{file} has no {path}"
+            body = found.body
+
+
+def test_no_code_of_others_is_trusted() -> None:
+    files = [p for folder in ("genkit", "guidance", "pipelines", "distill") for p in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 200
+    assert not [file for file in files if "trust_remote_code" in file.read_text(encoding="utf-8")]
