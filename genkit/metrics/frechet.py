@@ -24,7 +24,9 @@ def frechet_estimate(features: Tensor, reference: Tensor, *, replicates: int = R
     """The distance of features (N, D) to a reference (M, D), with a bootstrap interval.
 
     The features are resampled, the reference stays as it is: it belongs to the definition of the figure. The interval is that of
-    this N: a distance of fewer samples is larger, see `genkit.metrics.evaluation.shortage`.
+    this N: a distance of fewer samples is larger, see `genkit.metrics.evaluation.shortage`. It errs on the wide side: resampling
+    adds noise to covariances that have some. Six sets of 1,000 real training digits spread by 6 % (one standard deviation, in the
+    judge's features), of which the bootstrap made 11 %.
 
     Raises:
         ValueError: fewer than two samples, or different widths.

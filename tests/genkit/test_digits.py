@@ -70,3 +70,18 @@ def test_augmentation_moves_strokes_but_keeps_labels():
     plain, moved = (digits.draw("train", 32, seed=1, augment=a) for a in ("none", "strong"))
     assert torch.equal(plain.digit, moved.digit)
     assert not torch.equal(plain.images, moved.images)
+
+
+def test_captions_are_read_back():
+    rng = np.random.default_rng(0)
+    names = {"digit": digits.DIGITS, "ink": digits.COLORS, "paper": digits.COLORS}
+    for template in digits.FULL_TEMPLATES + digits.PARTIAL_TEMPLATES:
+        for _ in range(20):
+            digit, (ink, paper) = int(rng.integers(10)), rng.permutation(8)[:2].tolist()
+            attributes = {"digit": digit, "ink": ink, "paper": paper}
+            expected = {key: value for key, value in attributes.items() if "{" + key + "}" in template}
+            text = template.format(**{key: names[key][value] for key, value in attributes.items()})
+            assert digits.read_caption(digits.with_articles(text)) == expected
+            assert digits.read_caption(text.upper().replace(digits.DIGITS[digit].upper(), str(digit))) == expected
+    for text in ("", "a cat", "a red seven on a yellow background, please", "a red 77"):
+        assert digits.read_caption(text) == {}

@@ -64,3 +64,18 @@ def test_bad_folders(folder, tmp_path):
     with pytest.raises(ValueError, match=r"a.png' cannot be read"):
         open_source(folder).images([0], (8, 8))
     assert torch.is_tensor(open_source(folder).images([2], (8, 8)))
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW", "NHW"])
+def test_arrays(tmp_path, layout):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 10, 3), np.uint8)
+    stored = {"NHWC": pixels, "NCHW": pixels.transpose(0, 3, 1, 2), "NHW": pixels[..., 0]}[layout]
+    np.savez_compressed(tmp_path / "x.npz", arr_0=stored, captions=np.array(list("abcde")), labels=np.arange(5))
+    source = open_source(tmp_path / "x.npz", 7)
+    assert (len(source), source.captions[5:], source.labels[4:]) == (7, ["a", "b"], [4, 0, 1])
+    assert source.sizes(3) == (8, 10)
+    shown = np.repeat(stored[..., None], 3, axis=-1) if layout == "NHW" else pixels
+    expected = torch.from_numpy(shown).permute(0, 3, 1, 2) / 127.5 - 1
+    torch.testing.assert_close(source.images([4, 6], (8, 10)), expected[[4, 1]])
+    assert source.contents(6) == source.contents(1) != source.contents(0)
+    assert source.subset([6]).contents(0) == source.contents(1)
