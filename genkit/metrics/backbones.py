@@ -91,7 +91,7 @@ def load_backbone(name: str | Path, device: str = "cpu") -> Backbone:
     elif text == "dinov2" or text.startswith("timm:"):
         found = _timm_by_name(text, DINOV2 if text == "dinov2" else text.removeprefix("timm:"))
     elif Path(text).is_dir():
-        found = _folder(Path(text))
+        found = _folder(Path(text), device)
     else:
         raise unknown("features", text, [*NAMES, "timm:NAME", "a folder"])
     found.network.eval().requires_grad_(False).to(device)
@@ -145,12 +145,12 @@ def _timm(name: str, network: Any) -> Backbone:
     return _measured(name, network, _normalised(network, config["mean"], config["std"]), (side[0], side[1]))
 
 
-def _folder(folder: Path) -> Backbone:
+def _folder(folder: Path, device: str) -> Backbone:
     from genkit.checkpoints import check_folder
 
     if (folder / "model_index.json").is_file():
         check_folder(folder)
-        return _diffusion(folder)
+        return _diffusion(folder, device)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         named = {key: config.get(key) for key in ("_class_name", "architecture", "model_type")}
@@ -190,11 +190,11 @@ def _transformers(folder: Path) -> Backbone:
     return _measured(folder.name, network, _normalised(read, mean, std), (vision.image_size, vision.image_size))
 
 
-def _diffusion(folder: Path) -> Backbone:
+def _diffusion(folder: Path, device: str) -> Backbone:
     from genkit.features import FeatureExtractor
     from genkit.runner import load
 
-    pipe = load(str(folder))
+    pipe = load(str(folder), device=device)  # all of it: the null prompt is encoded there
     extractor = FeatureExtractor(pipe.denoiser, "mid", t=_T, pool="mean")
     networks = nn.ModuleDict({"network": pipe.denoiser.network} | ({} if getattr(pipe, "vae", None) is None else {"vae": pipe.vae}))
     return _measured(folder.name, networks, lambda images: extractor(images)["mid"], extractor.size)
@@ -210,7 +210,7 @@ def _measured(name: str, network: nn.Module, run: Callable[[Tensor], Tensor], si
     """With the number of features, which one picture tells."""
     network.eval()
     with torch.no_grad():
-        return Backbone(name, network, run, size, run(torch.zeros(1, 3, *size)).shape[1])
+        return Backbone(name, network, run, size, run(torch.zeros(1, 3, *size, device=next(network.parameters()).device)).shape[1])
 
 
 def _import_timm(what: str) -> Any:

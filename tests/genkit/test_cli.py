@@ -19,7 +19,17 @@ from genkit.cli.app import app
 from genkit.cli.common import resolve_device
 from genkit.console import console
 
-COMMANDS = [["sample"], ["classify"], ["zoo"], ["zoo", "list"], ["zoo", "show"], ["zoo", "train"], ["doctor"]]
+COMMANDS = [
+    ["sample"],
+    ["classify"],
+    ["zoo"],
+    ["zoo", "list"],
+    ["zoo", "show"],
+    ["zoo", "train"],
+    ["doctor"],
+    ["eval"],
+    ["eval", "suite"],
+]
 
 
 def run(*arguments: object):
@@ -38,6 +48,9 @@ def test_nothing_heavy_is_imported_before_it_is_needed(tmp_path: Path) -> None:
         ["classify", "--help"],
         ["sample", "a", "--model", str(tmp_path / "tiny"), "--guidance", "classifier:label=1", "--sweep", "cfg=1,2", "--dry-run"],
         ["zoo", "train", "digits", "--out", "x", "--dry-run"],
+        ["eval", "--help"],
+        ["eval", str(tmp_path), "--reference", "digits", "--dry-run"],
+        ["eval", str(tmp_path / "x"), "--model", str(tmp_path / "tiny"), "--prompt", "a", "--count", "3", "--dry-run"],
     ]
     code = f"""
 import sys

@@ -37,7 +37,9 @@ def test_modules_of_components_import_their_base_class_by_name():
     assert checked >= 1
 
 
-@pytest.mark.parametrize("name", ["genkit", "genkit.denoisers", "genkit.features", "genkit.guidance", "genkit.pipelines"])
+@pytest.mark.parametrize(
+    "name", ["genkit", "genkit.denoisers", "genkit.features", "genkit.guidance", "genkit.metrics", "genkit.pipelines"]
+)
 def test_every_public_name_exists_and_is_documented(name):
     package = importlib.import_module(name)
     assert package.__all__
