@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +18,7 @@ INSIDE = ("guidance", "pipelines", "distill")  # folders of the repository that 
 
 _MATH = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
 _OUTSIDE = re.compile(r"\[([^\]]*)\]\((?:\.\./)+((?!\.\./)[^)#]+)(#[^)]*)?\)")
+_FETCHED = re.compile(r"""(?:\bsrc=|<link\b(?![^>]*canonical)[^>]*href=)["']?https?://[^"' >]*""")
 _FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
 
@@ -61,5 +63,12 @@ def on_page_content(content: str, **kwargs: Any) -> str:
 
 
 def on_post_build(config: Any, **kwargs: Any) -> None:
-    """Remove the copy of the sources."""
+    """Remove the copy of the sources, and check that no page fetches anything from elsewhere.
+
+    Raises:
+        PluginError: a page loads a script, a style or a picture from another host.
+    """
     shutil.rmtree(config.extra["sources"], ignore_errors=True)
+    for page in Path(config.site_dir).rglob("*.html"):
+        if found := _FETCHED.search(page.read_text(encoding="utf-8")):
+            raise PluginError(f"{page} fetches {found[0]}. Pages must work without a network.")
