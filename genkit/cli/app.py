@@ -17,6 +17,7 @@ from genkit.cli.eval import evaluation
 from genkit.cli.export import export
 from genkit.cli.features import features
 from genkit.cli.make_furniture import make_furniture
+from genkit.cli.reproduce import reproduce
 from genkit.cli.sample import sample
 from genkit.cli.synth import synth
 from genkit.cli.train import train
@@ -67,6 +68,7 @@ app.command()(export)
 app.add_typer(evaluation, name="eval", help="Measure a set of images; [bold]suite[/bold] measures the figures of the README again.")
 app.add_typer(attention, name="attention")
 app.add_typer(zoo, name="zoo")
+app.command()(reproduce)
 app.command()(doctor)
 app.command()(ui)
 

@@ -81,7 +81,7 @@ def read_coco(file: Path) -> CocoData:
     for entry in document["images"]:
         image_id, width, height = (_field(entry, name, int, file) for name in ("id", "width", "height"))
         if image_id in sizes or min(width, height) < 1 or max(width, height) > _MOST:
-            raise ValueError(f"{file} has image {image_id} twice, or of no possible size ({width} x {height}).")
+            raise ValueError(f"{file} has image {image_id} twice, or without a size that is possible ({width} x {height}).")
         sizes[image_id] = (_field(entry, "file_name", str, file), width, height)
     objects: dict[int, list[tuple[str, tuple[float, ...]]]] = {image_id: [] for image_id in sizes}
     for entry in document["annotations"]:
