@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 something that is needed is broken, 2 usage or bad input, 
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import warnings
@@ -100,7 +101,7 @@ def command(*, as_json: bool, quiet: bool, debug: bool) -> Iterator[Output]:
     except USER_ERRORS as error:
         if debug:
             raise
-        _fail(output, str(error) or type(error).__name__, BAD_INPUT)
+        _fail(output, _told(error), BAD_INPUT)
     except Exception as error:
         if debug:
             raise
@@ -155,6 +156,14 @@ def positive_numbers(name: str, text: str, example: str) -> tuple[int, ...]:
     if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"{name} {text!r} is not a list of positive numbers, as in {example}.")
     return tuple(int(part) for part in parts)
+
+
+def _told(error: Exception) -> str:
+    """A user's error in a sentence."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = f" Writing {str(error.filename)!r} failed." if error.filename else ""
+        return f"{error.strerror}.{where} What was finished is kept: make room, and repeat the command with --resume."
+    return str(error) or type(error).__name__
 
 
 def _advice(error: Exception) -> str:

@@ -122,17 +122,13 @@ def _entry(figure: Figure) -> dict[str, Any]:
 
 
 def _list(output: Output, figures: Sequence[Figure]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("name", no_wrap=True)
-    for heading in ("figure", "expected", "what stands in the way"):
-        table.add_column(heading)
+    lines = []
     for figure in figures:
-        obstacle = figure.gap or ("" if figure.value is not None else "no published value to compare with")
-        table.add_row(*map(Text, (figure.name, figure.what, figure.expected, obstacle)))
-    output.result({"figures": [_entry(figure) for figure in figures]}, table)
+        mark = "*" if figure.gap else "" if figure.value is not None else "-"
+        value = "" if figure.value is None else f"{figure.value:g} {figure.unit}"
+        lines.append(f"{figure.name:30s} {mark:1s} {value:12s} {figure.what}")
+    notes = "* needs what genkit lacks or nobody published; - has no value to compare with. `genkit reproduce NAME` says more."
+    output.result({"figures": [_entry(figure) for figure in figures]}, "\n".join([*lines, "", notes]))
 
 
 def _described(figure: Figure, document: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -189,8 +190,21 @@ class _Pool:
                 bar.update(task, advance=len(rows))
 
     def samples(self, kind: str) -> Tensor:
-        """All real or generated clean samples (N, C, h, w)."""
-        return torch.cat([load_file(self._file(kind, start))["samples"] for start in range(0, self.config.count, SHARD)])
+        """All real or generated clean samples (N, C, h, w).
+
+        Raises:
+            ValueError: a damaged file; names it.
+        """
+        files = [self._file(kind, start) for start in range(0, self.config.count, SHARD)]
+        found = []
+        for file in files:
+            try:
+                found.append(load_file(file)["samples"])
+            except (SafetensorError, KeyError) as error:
+                raise ValueError(
+                    f"The samples {str(file)!r} are truncated or damaged ({error}). Remove the file and go on with --resume."
+                ) from error
+        return torch.cat(found)
 
     def _file(self, kind: str, start: int) -> Path:
         return self.folder / f"{kind}-{start:08d}.safetensors"
