@@ -1,4 +1,4 @@
-"""griffe: the names that a package exports lazily (genkit/_lazy.py), as aliases of where they are defined.
+"""griffe: the names that a package exports lazily (genkit/_lazy.py), as aliases of where they are defined; and examples.
 
 griffe reads source without running it, so it sees `lazy_exports(__name__, {module: [names]})` as a call like any other.
 """
@@ -6,6 +6,7 @@ griffe reads source without running it, so it sees `lazy_exports(__name__, {modu
 from __future__ import annotations
 
 import ast
+import re
 from typing import Any
 
 import griffe
@@ -20,6 +21,11 @@ class LazyExports(griffe.Extension):
                 mod.set_member(name, griffe.Alias(name, f"{mod.path}.{module}.{name}"))
         if exported:
             mod.exports = sorted(exported)
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Sections that are called "Example" as griffe calls them, so that what they hold is shown as code."""
+        if obj.docstring is not None:
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
 
 
 def lazy_names(tree: ast.AST) -> dict[str, list[str]]:
