@@ -18,7 +18,7 @@ from genkit.levels import Level
 
 class LayoutDenoiser(Denoiser):
     """Tensors: `layout_embeds` (B, L, D), what the layout encoder makes of a layout, and, where it paints, `layout_objects`
-    (B, N, K); the null condition is the empty layout."""
+    (B, N, K) and `layout_known` (B, 4). The null condition is a layout of which nothing is known; without paint, the empty one."""
 
     family = "layout-to-image"
     classes = ("LayoutToImagePipeline",)
@@ -114,5 +114,5 @@ def network_input(x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     rows, columns = torch.meshgrid(*axes, indexing="ij")
     channels = [x, torch.stack([columns, rows]).expand(len(x), -1, -1, -1)]
     if "layout_objects" in tensors:
-        channels.append(painted(tensors["layout_objects"].to(x), *x.shape[-2:]))
+        channels.append(painted(tensors["layout_objects"].to(x), tensors["layout_known"].to(x), *x.shape[-2:]))
     return torch.cat(channels, dim=1)

@@ -51,20 +51,22 @@ class LayoutLoss:
         self.weight = (self.pairs.weight / x0.numel()).to(x0)
         self.proof = Proof(denoiser)
         self.evaluations = 0
-        self._maps: dict[tuple[bytes, int], Tensor] = {}
+        self._maps: dict[bytes, Tensor] = {}  # of each layout (n, h, w), the first n pairs
         self._priors: dict[bytes, float] = {}
 
     @torch.no_grad()
     def maps(self, layouts: Tensor, count: int | None = None) -> Tensor:
         """Losses (B, h, w) at each place, on the first `count` pairs, of packed layouts (B, N, 5); without the prior."""
         count = len(self.pairs) if count is None else count
-        keys = [(row.numpy().tobytes(), count) for row in layouts.cpu().contiguous()]
-        missing = {key: i for i, key in enumerate(keys) if key not in self._maps}
+        keys = [row.numpy().tobytes() for row in layouts.cpu().contiguous()]
+        missing = {key: i for i, key in enumerate(keys) if len(self._maps.get(key, ())) < count}
         if missing:
+            rows, known = list(missing.values()), [len(self._maps.get(key, ())) for key in missing]
             with proving(self.proof) as proof, proof.step("losses"):
-                found = self._evaluate(layouts[list(missing.values())].to(self.x0), count)
-            self._maps |= dict(zip(missing, found, strict=True))
-        return torch.stack([self._maps[key] for key in keys])
+                found = self._evaluate(layouts[rows].to(self.x0), known, count)
+            for key, more in zip(missing, found, strict=True):
+                self._maps[key] = torch.cat([self._maps[key], more]) if key in self._maps else more
+        return torch.stack([self._maps[key][:count].mean(0) for key in keys])
 
     def __call__(self, layouts: Tensor, count: int | None = None) -> Tensor:
         """L (B,) in float64 of packed layouts (B, N, 5), on the first `count` pairs."""
@@ -93,11 +95,13 @@ class LayoutLoss:
         self.evaluations += len(rows)
         return losses.detach(), gradient
 
-    def _evaluate(self, layouts: Tensor, count: int) -> Tensor:
+    def _evaluate(self, layouts: Tensor, known: list[int], count: int) -> list[Tensor]:
+        """Of each layout the losses (count - known, h, w) on the pairs that are not known yet."""
         cond = self.grounding.condition(layouts)
-        items = torch.cartesian_prod(torch.arange(len(layouts)), torch.arange(count)).view(-1, 2)
-        parts = [self._rows(cond[part[:, 0].tolist()], part[:, 1]) for part in items.split(self.batch_size)]
-        return torch.cat(parts).view(len(layouts), count, *self.x0.shape[1:]).mean(1)
+        items = [(row, pair) for row, first in enumerate(known) for pair in range(first, count)]
+        which = torch.tensor(items)
+        found = torch.cat([self._rows(cond[part[:, 0].tolist()], part[:, 1]) for part in which.split(self.batch_size)])
+        return list(found.split([count - first for first in known]))
 
     def _rows(self, cond: Cond, pairs: Tensor) -> Tensor:
         """Weighted losses (B, h, w) of conditions and the pairs (B,) that they are seen on."""

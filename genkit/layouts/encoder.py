@@ -10,10 +10,11 @@ Empty slots are learned null features, or the table's last row. A layout whose s
 Attention has to learn from nothing which places lie in a box. With "gligen" a layout may be painted beside it, too: the network's
 further input channels are, at each place p,
 
-    sum_j m_j(p) [W e_j, 1, u_j(p), v_j(p)]     m_j the box of object j with soft edges, e_j its class embedding,
-                                                u, v coordinates in the box from -1 to 1
+    sum_j m_j(p) [W e_j, 1, u_j(p), v_j(p)], k(p)     m_j the box of object j with soft edges, e_j its class embedding,
+                                                      u, v coordinates in the box from -1 to 1, k whether all is told at p
 
-which has no order of the objects, and is differentiable in the boxes.
+which has no order of the objects, and is differentiable in the boxes. k tells apart that nothing is there and that nothing is
+known: it is 1 everywhere but in the null condition, and in training.
 """
 
 from __future__ import annotations
@@ -71,15 +72,24 @@ class LayoutEncoder(ModelMixin, ConfigMixin):
             else TokenCodec(len(class_names), slots, dim, vocabulary, layers)
         )
 
-    def forward(self, layout: Tensor) -> dict[str, Tensor]:
-        """What the network is told: `layout_embeds` (B, L, dim), and with paint `layout_objects` (B, N, paint + 5)."""
-        return self.embedder(layout.to(self.dtype))
+    def forward(self, layout: Tensor, known: Tensor | None = None) -> dict[str, Tensor]:
+        """What the network is told: `layout_embeds` (B, L, dim), and with paint `layout_objects` (B, N, paint + 5), `layout_known`.
+
+        Args:
+            layout: packed (B, N, 5).
+            known: boxes (B, 4) in which the layout is complete; by default the whole picture. Only paint can show it.
+        """
+        told = self.embedder(layout.to(self.dtype))
+        if known is not None and self.config.paint:
+            told["layout_known"] = known.to(self.dtype)
+        return told
 
     def null(self, count: int) -> dict[str, Tensor]:
-        """The same of `count` empty layouts."""
+        """The same of `count` layouts of which nothing is known."""
         empty = torch.zeros(1, self.config.slots, 5, device=self.device)
         empty[..., 0] = -1
-        return {name: value.expand(count, -1, -1) for name, value in self(empty).items()}
+        told = self(empty, torch.zeros(1, 4, device=self.device))
+        return {name: value.expand(count, *value.shape[1:]) for name, value in told.items()}
 
 
 class GligenCodec(nn.Module):
@@ -100,6 +110,7 @@ class GligenCodec(nn.Module):
         found = {"layout_embeds": self.position_net(boxes, present, positive_embeddings=classes)}
         if self.paint is not None:
             found["layout_objects"] = torch.cat([self.paint(classes), present[..., None], boxes], dim=-1)
+            found["layout_known"] = boxes.new_tensor([[0, 0, 1, 1]]).expand(len(boxes), -1)
         return found
 
 
@@ -135,13 +146,14 @@ class TokenCodec(nn.Module):
         return {"layout_embeds": self.norm(hidden)}
 
 
-def painted(objects: Tensor, height: int, width: int) -> Tensor:
-    """Objects (B, N, K + 5), as `layout_objects`, at the places of latents: (B, K + 3, height, width)."""
+def painted(objects: Tensor, known: Tensor, height: int, width: int) -> Tensor:
+    """`layout_objects` (B, N, K + 5) and `layout_known` (B, 4) at the places of latents: (B, K + 4, height, width)."""
     features, present, boxes = objects[..., :-5], objects[..., -5:-4], objects[..., -4:]
     low, high = boxes[..., :2], boxes[..., 2:]
-    inside, within = [], []
+    inside, within, complete = [], [], []
     for axis, count in enumerate((width, height)):
         at = (torch.arange(count, device=objects.device, dtype=objects.dtype) + 0.5) / count
+        complete.append((at > known[:, axis, None]) & (at < known[:, axis + 2, None]))
         first, last = low[..., axis, None], high[..., axis, None]
         # Soft over half a place to each side, so that the boxes have a gradient.
         inside.append(torch.sigmoid(2 * count * (at - first)) * torch.sigmoid(2 * count * (last - at)))
@@ -150,4 +162,5 @@ def painted(objects: Tensor, height: int, width: int) -> Tensor:
     channels = [torch.einsum("bnk,bnhw->bkhw", features, mask), mask.sum(1, keepdim=True)]
     channels.append((mask * within[0][..., None, :]).sum(1, keepdim=True))
     channels.append((mask * within[1][..., :, None]).sum(1, keepdim=True))
+    channels.append((complete[1][:, None, :, None] & complete[0][:, None, None, :]).to(objects))
     return torch.cat(channels, dim=1)

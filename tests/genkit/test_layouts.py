@@ -28,7 +28,7 @@ def tiny(codec: str = "gligen", paint: int = 0) -> LayoutToImagePipeline:
         layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=6 + (paint + 3 if paint else 0), out_channels=4, block_out_channels=(16, 16), layers_per_block=1,
+        sample_size=8, in_channels=6 + (paint + 4 if paint else 0), out_channels=4, block_out_channels=(16, 16), layers_per_block=1,
         cross_attention_dim=16, down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2, attention_head_dim=4,
         norm_num_groups=8,
@@ -95,18 +95,20 @@ def test_gligen_tokens_are_those_of_the_objects_in_any_order() -> None:
 def test_a_painted_layout_shows_where_objects_are_in_any_order() -> None:
     encoder = tiny(paint=5).layout_encoder
     packed = pack([LAYOUT], NAMES, 3)
-    objects = encoder(packed)["layout_objects"]
-    assert objects.shape == (1, 3, 10)
-    canvas = painted(objects, 40, 80)
-    assert canvas.shape == (1, 8, 40, 80)
-    # The first object alone at (0.2, 0.3): its features, one object, and the place in its box from -1 to 1.
+    told = encoder(packed)
+    assert told["layout_objects"].shape == (1, 3, 10)
+    canvas = painted(told["layout_objects"], told["layout_known"], 40, 80)
+    assert canvas.shape == (1, 9, 40, 80)
+    # The first object alone at (0.2, 0.3): its features, one object, the place in its box from -1 to 1; and that all is told.
     place = canvas[0, :, 12, 16]
-    torch.testing.assert_close(place[:5], objects[0, 0, :5], atol=2e-2, rtol=0)
-    at = torch.tensor([1.0, 2 * (16.5 / 80 - 0.1) / 0.4 - 1, 2 * (12.5 / 40 - 0.2) / 0.4 - 1])
+    torch.testing.assert_close(place[:5], told["layout_objects"][0, 0, :5], atol=2e-2, rtol=0)
+    at = torch.tensor([1.0, 2 * (16.5 / 80 - 0.1) / 0.4 - 1, 2 * (12.5 / 40 - 0.2) / 0.4 - 1, 1.0])
     torch.testing.assert_close(place[5:], at, atol=2e-2, rtol=0)
-    assert canvas[0, :, 2, 40].abs().max() < 1e-2  # nothing is there
-    torch.testing.assert_close(painted(encoder(packed.flip(1))["layout_objects"], 40, 80), canvas)
-    assert (painted(encoder.null(1)["layout_objects"], 4, 4) == 0).all()
+    assert canvas[0, :-1, 2, 40].abs().max() < 1e-2  # nothing is there
+    torch.testing.assert_close(painted(encoder(packed.flip(1))["layout_objects"], told["layout_known"], 40, 80), canvas)
+    assert (painted(*list(encoder.null(1).values())[1:], 4, 4) == 0).all()
+    part = encoder(packed, torch.tensor([[0.5, 0.0, 1.0, 0.5]]))
+    assert painted(part["layout_objects"], part["layout_known"], 2, 2)[0, -1].tolist() == [[0, 1], [0, 0]]
 
 
 def test_a_network_that_is_told_by_paint_follows_it() -> None:
@@ -118,7 +120,6 @@ def test_a_network_that_is_told_by_paint_follows_it() -> None:
     moved = denoiser.condition(layouts=[Layout(LAYOUT.labels, [(0.5, 0.2, 0.9, 0.6), LAYOUT.boxes[1]]), Layout([], [])])
     moved.tensors["layout_embeds"] = cond.tensors["layout_embeds"]
     assert not torch.equal(denoiser(x, level, moved).x0[0], told[0])
-    torch.testing.assert_close(denoiser(x, level, cond.null()).x0[1], told[1])
     with pytest.raises(ValueError, match="Give layouts"):
         denoiser.condition(layout_embeds=cond.tensors["layout_embeds"])
 
@@ -126,7 +127,7 @@ def test_a_network_that_is_told_by_paint_follows_it() -> None:
 def test_a_box_has_a_gradient_in_the_gligen_codec() -> None:
     packed = pack([LAYOUT], NAMES, 3).requires_grad_()
     told = tiny(paint=5).layout_encoder(packed)
-    (told["layout_embeds"].square().sum() + painted(told["layout_objects"], 8, 8).square().sum()).backward()
+    (told["layout_embeds"].square().sum() + painted(told["layout_objects"], told["layout_known"], 8, 8).square().sum()).backward()
     assert packed.grad is not None
     assert (packed.grad[0, :2, 1:] != 0).all()
     assert (packed.grad[0, 2] == 0).all()
@@ -153,6 +154,15 @@ def test_the_pipeline_round_trips_and_depends_on_the_layout(codec: str, paint: i
     assert images["own"].shape == (1, 3, 16, 16)
     moved = Layout(LAYOUT.labels, [(0.5, 0.2, 0.9, 0.6), LAYOUT.boxes[1]])
     assert not torch.equal(pipe(moved, seeds=[3], num_inference_steps=2, output_type="pt").images, images["own"])
+
+
+def test_nothing_known_is_not_nothing_there() -> None:
+    denoiser = Denoiser.of(tiny(paint=5))
+    cond, empty = denoiser.condition(layouts=LAYOUT), denoiser.condition(layouts=Layout([], []))
+    denoiser.pipe.scheduler.set_timesteps(2)
+    x, level = torch.randn(1, 4, 8, 8), levels_of(denoiser.pipe.scheduler)[0]
+    assert not torch.equal(denoiser(x, level, cond.null()).x0, denoiser(x, level, empty).x0)
+    torch.testing.assert_close(denoiser(x, level, cond.null()).x0, denoiser(x, level, empty.null()).x0)
 
 
 def test_the_null_condition_is_the_empty_layout() -> None:
@@ -201,13 +211,21 @@ def test_scenes_are_functions_of_their_index_and_keep_the_splits_apart() -> None
         scenes.draw("test", 1, kind="dense")
 
 
-def test_training_leaves_out_objects() -> None:
+def test_training_tells_all_of_what_it_says_is_known() -> None:
     layouts = training.packed(scenes.draw("train", 64)).repeat(8, 1, 1)
-    thinned = training.thinned(layouts, torch.Generator().manual_seed(0))
+    thinned, known = training.thinned(layouts, torch.Generator().manual_seed(0)).split([training.SLOTS, 1], dim=1)
+    known = known[:, 0, 1:]
     before, after = ((part[..., 0] >= 0).sum(1) for part in (layouts, thinned))
-    assert 0.05 < (after == 0).float().mean() < 0.25
-    assert 0.5 < (after == before).float().mean() < 0.8
-    # What is left is what was there.
-    for row, source in zip(thinned[:64], layouts[:64], strict=True):
-        kept = {tuple(slot.tolist()) for slot in row if slot[0] >= 0}
-        assert kept <= {tuple(slot.tolist()) for slot in source}
+    nothing, everything = (known == 0).all(1), (known == torch.tensor([0.0, 0, 1, 1])).all(1)
+    assert 0.05 < nothing.float().mean() < 0.15
+    assert 0.4 < everything.float().mean() < 0.6
+    assert (after[nothing] == 0).all()
+    assert (after == before)[everything].all()
+    assert (after < before)[~nothing & ~everything].any()
+    for row, box, source in zip(thinned[:128], known, layouts, strict=False):
+        told = {tuple(slot.tolist()) for slot in row if slot[0] >= 0}
+        others = {tuple(slot.tolist()) for slot in source if slot[0] >= 0} - told
+        # What is told was there; what is not told does not reach into the known box.
+        assert told <= {tuple(slot.tolist()) for slot in source}
+        for _, x0, y0, x1, y1 in others:
+            assert x1 <= box[0] or x0 >= box[2] or y1 <= box[1] or y0 >= box[3] or (box == 0).all()

@@ -1,9 +1,9 @@
 """Trains `scenes`: a layout-to-image latent diffusion model of 64 x 64 scenes with one to five handwritten digits.
 
-The autoencoder is that of `digits`, trained on from there on crops of scenes. The network is a U-Net that reads the layout by
-cross-attention and, painted, as further input channels beside the coordinates (CoordConv: Liu et al. 2018, arXiv 1807.03247);
-v-prediction as `text_to_latent` has it. A layout says what is there, not all that is there: in training, objects are left out at
-random, so that each further right object explains a picture better, and the empty layout is the null condition.
+The autoencoder is that of `digits`, trained on from there on crops of scenes. The network is a U-Net that begins with the weights
+of `digits`. It reads the layout by cross-attention and, painted, as further input channels beside the coordinates (CoordConv: Liu
+et al. 2018, arXiv 1807.03247); v-prediction as `text_to_latent` has it. A layout says all that is there: in training, some are
+known in a rectangle alone, and the network is shown which. So what a layout leaves out costs as much as what it makes up, there.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import dataclasses
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from genkit import zoo
 from genkit.data import scenes
 from genkit.denoisers.layout import network_input
+from genkit.distill.samplers import LogitNormal
 from genkit.layouts import LayoutEncoder
 from genkit.layouts.layout import EMPTY, shuffled
 from genkit.pipelines.layout import LayoutToImagePipeline
@@ -26,12 +28,14 @@ from genkit.zoo.training.autoencoder import fit_autoencoder, set_scaling_factor
 from genkit.zoo.training.text_to_latent import scheduler, velocity_loss
 
 VAE_CONFIG = TrainConfig(steps=4000, batch_size=32, lr=2e-3, seed=71, ema_decay=0.998)
-CONFIG = TrainConfig(steps=5000, batch_size=64, lr=1e-3, warmup=200, seed=72, ema_decay=0.998, validate_every=500)
+CONFIG = TrainConfig(steps=6000, batch_size=64, lr=1e-3, warmup=200, seed=72, ema_decay=0.999, validate_every=500)
 POOL = 24_576  # scenes that are encoded once, before training
 SLOTS = 6
 WIDTH, PAINT = 128, 16
 CROP = 32  # side of the crops that the autoencoder is trained on
-NULL_SHARE, PARTIAL_SHARE = 0.1, 0.3  # of the layouts: emptied; with each object left out with a probability of a half
+TIMES = LogitNormal(0, 1)  # dwells where digits are told apart
+NULL_SHARE, PARTIAL_SHARE = 0.1, 0.4  # of the layouts: not known; known in a rectangle
+LEAST_KNOWN = 0.2  # side of that rectangle
 
 
 def train(folder: Path, *, steps: int | None = None, resume: bool = False, device: str = "cpu", codec: str = "gligen") -> None:
@@ -40,14 +44,15 @@ def train(folder: Path, *, steps: int | None = None, resume: bool = False, devic
     vae = _autoencoder(folder / "vae", resume=resume, device=device)
     torch.manual_seed(config.seed)
     model = LayoutToLatent(codec)
+    begin_with_digits(model.unet)
     drawn = [scenes.draw("train", 4096, seed=1000 + seed) for seed in range(POOL // 4096)]
     latents, layouts = torch.cat([_encode(vae, batch) for batch in drawn]), torch.cat([packed(batch) for batch in drawn])
     held_out = scenes.draw("val", 400)
-    val_latents, val_layouts = _encode(vae, held_out), packed(held_out)
+    val_latents, val_layouts = _encode(vae, held_out), with_known(packed(held_out))
 
     def loss(model: nn.Module, generator: torch.Generator, step: int) -> Tensor:
         rows = torch.randint(len(latents), (config.batch_size,), generator=generator)
-        return velocity_loss(model, latents[rows], thinned(layouts[rows], generator), generator, device)
+        return velocity_loss(model, latents[rows], thinned(layouts[rows], generator), generator, device, TIMES)
 
     def validate(model: nn.Module) -> dict[str, float]:
         generator = torch.Generator().manual_seed(config.seed)
@@ -91,16 +96,14 @@ def _encode(vae: AutoencoderKL, batch: scenes.SceneBatch) -> Tensor:
 class LayoutToLatent(nn.Module):
     """The two networks that are trained together."""
 
-    def __init__(
-        self, codec: str = "gligen", block_out_channels: tuple[int, ...] = (48, 96, 128), latent_channels: int = 4
-    ) -> None:
+    def __init__(self, codec: str = "gligen", block_out_channels: tuple[int, ...] = (64, 128), latent_channels: int = 4) -> None:
         super().__init__()
         paint = PAINT if codec == "gligen" else 0
         self.layout_encoder = LayoutEncoder(list(scenes.CLASSES), slots=SLOTS, dim=WIDTH, codec=codec, paint=paint)
         lower = len(block_out_channels) - 1  # the first stage has most of the places, and needs no attention: the layout is painted
         self.unet = UNet2DConditionModel(
             sample_size=scenes.SIZE // 4,
-            in_channels=latent_channels + 2 + (paint + 3 if paint else 0),
+            in_channels=latent_channels + 2 + (paint + 4 if paint else 0),
             out_channels=latent_channels,
             block_out_channels=block_out_channels,
             layers_per_block=1,
@@ -112,8 +115,18 @@ class LayoutToLatent(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor, layout: Tensor) -> Tensor:
-        told = self.layout_encoder(layout)
+        told = self.layout_encoder(layout[:, :-1], layout[:, -1, 1:])
         return self.unet(network_input(x, told), t, told["layout_embeds"]).sample
+
+
+@torch.no_grad()
+def begin_with_digits(unet: UNet2DConditionModel) -> None:
+    """Give a network what that of `digits` has learned of strokes; what it is told of the layout begins at zero."""
+    known = UNet2DConditionModel.from_pretrained(zoo.path("digits") / "unet").state_dict()
+    own = unet.state_dict()
+    latents = known.pop("conv_in.weight")
+    own["conv_in.weight"].zero_()[:, : latents.shape[1]] = latents
+    unet.load_state_dict(own | {name: value for name, value in known.items() if name in own})
 
 
 def packed(batch: scenes.SceneBatch) -> Tensor:
@@ -126,9 +139,22 @@ def packed(batch: scenes.SceneBatch) -> Tensor:
 
 
 def thinned(layouts: Tensor, generator: torch.Generator) -> Tensor:
-    """Layouts (B, N, 5) for training: some emptied, some with objects left out, slots in random order."""
-    count, slots = layouts.shape[:2]
-    which = torch.rand(count, generator=generator)
-    left_out = torch.rand(count, slots, generator=generator) < 0.5
-    drop = (which < NULL_SHARE)[:, None] | ((which < NULL_SHARE + PARTIAL_SHARE)[:, None] & left_out)
-    return shuffled(torch.where(drop[..., None], layouts.new_tensor([EMPTY, 0, 0, 0, 0]), layouts), generator)
+    """Layouts (B, N, 5) for training, slots in random order, with a further row: the box in which they are complete.
+
+    Some are not known at all; of some only a rectangle is, and the objects that reach into it.
+    """
+    count = len(layouts)
+    which = torch.rand(count, 1, generator=generator)
+    sides = LEAST_KNOWN + (1 - LEAST_KNOWN) * torch.rand(count, 2, generator=generator)
+    low = (1 - sides) * torch.rand(count, 2, generator=generator)
+    known = torch.where(which < NULL_SHARE + PARTIAL_SHARE, torch.cat([low, low + sides], 1), torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
+    known = torch.where(which < NULL_SHARE, 0.0, known)
+    reaches = ((layouts[..., 1:3] < known[:, None, 2:]) & (layouts[..., 3:] > known[:, None, :2])).all(-1, keepdim=True)
+    told = torch.where(reaches, layouts, layouts.new_tensor([EMPTY, 0, 0, 0, 0]))
+    return with_known(shuffled(told, generator), known)
+
+
+def with_known(layouts: Tensor, known: Tensor | None = None) -> Tensor:
+    """Layouts (B, N, 5) with the box (B, 4) in which they are complete, by default the picture, as a further row."""
+    known = layouts.new_tensor([[0, 0, 1, 1]]).expand(len(layouts), -1) if known is None else known
+    return torch.cat([layouts, F.pad(known, (1, 0))[:, None]], dim=1)
