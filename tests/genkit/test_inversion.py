@@ -245,7 +245,8 @@ def test_layouts_are_slots(codec: str, paint: int) -> None:
         own, told = cond.tensors, denoiser.condition([layout, Layout([], [])]).tensors
         torch.testing.assert_close(own["layout_embeds"], told["layout_embeds"])
         if paint:
-            torch.testing.assert_close(painted(own["layout_objects"], own["layout_known"], 8, 8), painted(told["layout_objects"], told["layout_known"], 8, 8))
+            canvases = [painted(each["layout_objects"], each["layout_known"], 8, 8) for each in (own, told)]
+            torch.testing.assert_close(*canvases)
         assert torch.autograd.grad(cond.tensors["layout_embeds"].square().sum(), nothing)[0][0].abs().sum() > 0
     again = slots.layout(rows[0], None if free is None else free[0])
     assert again.labels == layout.labels
