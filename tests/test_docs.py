@@ -113,8 +113,13 @@ def resolve(words: list[str]) -> tuple[click.Command, list[str]]:
     command: click.Command = typer.main.get_command(app)
     rest = list(words)
     while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
-        assert rest[0] in command.commands, f"there is no command genkit {' '.join(words)}"
-        command = command.commands[rest.pop(0)]
+        context = command.make_context("genkit", list(rest), resilient_parsing=True)
+        held = vars(context).get("_protected_args") or vars(context).get("protected_args", [])  # click 8.2; before
+        try:  # as the group itself does: one of them reads what is no subcommand as the arguments of another
+            _, found, rest = command.resolve_command(context, [*held, *context.args])
+        except Exception as error:
+            raise AssertionError(f"there is no command genkit {shlex.join(words)}") from error
+        command = found
     return command, rest
 
 
