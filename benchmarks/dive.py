@@ -3,7 +3,7 @@
     python benchmarks/dive.py [--images 300] [--pairs 16] [--work FOLDER] [--out FILE]
 
 * exhaustive: every class on every pair. "race" and "rounds" are replayed on these losses, since they ask for nothing else.
-* dive: `Dive()`. Its settings were chosen on 14 pictures of the same draw that are not among these.
+* dive: `Dive()`. Its settings were chosen on other pictures of the same draw (14, and for the patience 250).
 * descent: the published schedule (straight-through, AdamW, 20 loops, every class that ends a loop scored on all pairs), on the
   first 100 pictures. The publication has no setting for text: lr is 0.1 and 0.3 of the vocabulary's spread, the second with 4
   walkers too.

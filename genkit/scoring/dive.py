@@ -41,7 +41,7 @@ class Dive(Policy):
         >>> pipe(images, labels=range(1000), policy=Dive.published(), plan=PairPlan.reference("dit"))
     """
 
-    proposer: Search = dataclasses.field(default_factory=lambda: Leaps(finalists=20))
+    proposer: Search = dataclasses.field(default_factory=lambda: Leaps(patience=16, finalists=20))
     shortlist: int = 10
     inner: Policy = dataclasses.field(default_factory=Race)
     seed: int = 0
