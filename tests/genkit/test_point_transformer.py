@@ -118,7 +118,7 @@ def test_one_step_of_ddpm_is_that_of_luo_and_hu() -> None:
     z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     expected = (x - (1 - alpha[k]) / (1 - abar[k]).sqrt() * eps) / alpha[k].sqrt() + sigma * z
     step = scheduler.step(eps, k, x, generator=torch.Generator().manual_seed(0)).prev_sample
-    assert torch.allclose(step, expected, atol=1e-5)
+    assert torch.allclose(step, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_released_checkpoints_are_read_where_pickles_are_allowed(tmp_path: Path) -> None:
