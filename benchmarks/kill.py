@@ -2,16 +2,16 @@
 
     python benchmarks/kill.py [--trials 50] [--only sample synth distill features] [--out benchmarks/results/kill.json]
 
-Each trial runs the real command on a tiny random model in a process of its own, kills it after a time drawn from the length of an
-undisturbed run (sometimes its continuation, too), and looks at what is there:
+Each trial runs the real command on a tiny random model in a process of its own, waits until a random number of its items is done
+and then a random time, kills it (sometimes its continuation, too), and looks at what is there:
 
     half-written    something that counts as finished (a picture, a shard, a checkpoint, a noted piece) differs from that of the
                     undisturbed run, or is no file of its kind
     lost            something that was finished when the process died was made again, or is gone
     not resumed     the command with --resume fails, or what it leaves differs from the undisturbed run
 
-Commands are forked from one process that has imported what they import, so that kills fall on work and not on imports. A kill that
-comes before the first file is one, too. Exit code 1 if any of the three happened.
+Commands are forked from one process that has imported what they import, so that kills fall on work and not on imports; one in ten
+comes at any time from the start on. Exit code 1 if any of the three happened.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 SECOND_KILL = 0.3  # probability that the continuation is killed, too
+EARLY = 0.1  # and of a kill at any time from the start on
 PIECE = 64  # rows of features that are made together
 
 Finished = dict[str, tuple[str, Any]]
@@ -159,12 +160,24 @@ def ended(number: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
 
 
-def killed(line: Sequence[str], seconds: float, log: Path) -> bool:
-    """Run a command and kill it after some time; False if it had ended by then."""
-    number = started(lambda: command(line), log)
+def killed(task: Task, folder: Path, log: Path, moment: tuple[int, float]) -> bool:
+    """Run a command and kill it some seconds after so many items are finished; False if it had ended by then."""
+    items, seconds = moment
+    number = started(lambda: command(task.line(folder)), log)
+    while _count(task, folder) < items:
+        if os.waitpid(number, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.02)
     time.sleep(seconds)
     os.kill(number, signal.SIGKILL)
     return ended(number) == -signal.SIGKILL
+
+
+def _count(task: Task, folder: Path) -> int:
+    try:
+        return len(task.finished(folder)) if folder.exists() else 0
+    except Exception:  # whatever is half-written will be seen after the kill
+        return 0
 
 
 def examine(task: Task, trials: int, work: Path, rng: random.Random) -> dict[str, Any]:
@@ -175,17 +188,23 @@ def examine(task: Task, trials: int, work: Path, rng: random.Random) -> dict[str
         raise RuntimeError(f"The undisturbed run fails: {log.read_text()[-500:]}")
     length = time.perf_counter() - began
     expected = {name: digest for name, (digest, _) in task.finished(whole).items()}
+
+    def moment() -> tuple[int, float]:
+        if rng.random() < EARLY:
+            return 0, rng.uniform(0, length)
+        return rng.randrange(len(expected)), rng.uniform(0, 0.5 * length / len(expected))
+
     counts: Counter[str] = Counter()
     notes: list[str] = []
     while counts["trials"] < trials:
         folder = work / "trial"
         shutil.rmtree(folder, ignore_errors=True)
-        if not killed(task.line(folder), rng.uniform(0, length), log):
+        if not killed(task, folder, log, moment()):
             continue
         counts["trials"] += 1
         kills = 1
         there = look(task, folder, expected, counts, notes)
-        if rng.random() < SECOND_KILL and killed(task.line(folder), rng.uniform(0, length), log):
+        if rng.random() < SECOND_KILL and killed(task, folder, log, moment()):
             kills += 1
             again = look(task, folder, expected, counts, notes)
             lose(there, again, counts, notes)
@@ -264,8 +283,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kill.json"))
     arguments = parser.parse_args()
-    import diffusers  # noqa: F401
-    import transformers  # noqa: F401
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     import genkit.cli.app
     import genkit.distill.trainer
