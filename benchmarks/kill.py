@@ -59,7 +59,16 @@ def of_pictures(folder: Path) -> Finished:
 
 
 def of_shards(folder: Path) -> Finished:
-    return {file.name: (_digest(file), _identity(file)) for file in folder.glob("shard-*.safetensors")}
+    """Shards by their tensors and metadata: safetensors writes the metadata in any order, so equal shards may differ in bytes."""
+    from safetensors import safe_open
+
+    found: Finished = {}
+    for file in folder.glob("shard-*.safetensors"):
+        with safe_open(file, framework="np") as shard:
+            content = [sorted((shard.metadata() or {}).items())]
+            content += [(name, shard.get_tensor(name).tobytes()) for name in sorted(shard.keys())]
+        found[file.name] = (hashlib.sha256(repr(content).encode()).hexdigest(), _identity(file))
+    return found
 
 
 def of_checkpoints(folder: Path) -> Finished:
