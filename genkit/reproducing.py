@@ -163,7 +163,9 @@ def read_figure(name: str) -> Figure:
     tables = [content.get(table, {}) for table in ("figure", "needs", "run")]
     if len(content) > 3 or not all(isinstance(table, dict) for table in tables):
         raise ValueError(f"{str(file)!r} has other parts than the tables figure, needs and run.")
-    values = {key: tuple(value) if isinstance(value, list) else value for table in tables for key, value in table.items()}
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for table in tables for key, value in table.items()
+    }
     known = [field.name for field in dataclasses.fields(Figure)]
     for key in values:
         if key not in known or key == "name":

@@ -168,7 +168,8 @@ class Job:
         from genkit.metrics.clip import clip_score, load_clip
 
         network, tokenizer = load_clip(self.plan["clip"], device)
-        side = network.config.vision_config.image_size
+        config: Any = network.config
+        side: int = config.vision_config.image_size
         texts = [text or "" for text in sample.texts]
 
         def run(rows: Sequence[int]) -> Tensor:

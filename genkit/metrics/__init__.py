@@ -5,7 +5,7 @@ from genkit._lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "accuracy": ["Accuracy", "accuracy", "class_balanced_accuracy", "group_accuracy", "worst_group_accuracy"],
+        "accuracy": ["accuracy", "class_balanced_accuracy", "group_accuracy", "worst_group_accuracy"],
         "attributes": ["attribute_accuracy"],
         "backbones": ["Backbone", "load_backbone"],
         "clip": ["clip_score"],

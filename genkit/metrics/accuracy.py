@@ -9,25 +9,16 @@ Donner 2008):
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
 
-
-@dataclasses.dataclass(frozen=True)
-class Accuracy:
-    """A share of right answers `value` of `count`, 0 to 1, with its 95 % interval from `low` to `high`."""
-
-    value: float
-    low: float
-    high: float
-    count: int
+from genkit.metrics.estimate import Estimate
 
 
-def accuracy(predicted: Any, labels: Any) -> Accuracy:
+def accuracy(predicted: Any, labels: Any) -> Estimate:
     """Share of `predicted` (N,) that equal `labels` (N,): arrays, tensors or lists of numbers or names.
 
     Raises:
@@ -35,12 +26,12 @@ def accuracy(predicted: Any, labels: Any) -> Accuracy:
 
     Example:
         >>> accuracy(["two", "seven"], ["two", "two"])
-        Accuracy(value=0.5, low=0.0945..., high=0.9054..., count=2)
+        Estimate(value=0.5, low=0.0945..., high=0.9054..., count=2)
     """
     return _of(_hits(predicted, labels))
 
 
-def group_accuracy(predicted: Any, labels: Any, groups: Sequence[Hashable] | Any) -> dict[Any, Accuracy]:
+def group_accuracy(predicted: Any, labels: Any, groups: Sequence[Hashable] | Any) -> dict[Any, Estimate]:
     """The accuracy of each group; `groups` (N,) has the group of each row. Sorted by group.
 
     Raises:
@@ -52,7 +43,7 @@ def group_accuracy(predicted: Any, labels: Any, groups: Sequence[Hashable] | Any
     return {group.item(): _of(hits[groups == group]) for group in np.unique(groups)}
 
 
-def class_balanced_accuracy(predicted: Any, labels: Any) -> Accuracy:
+def class_balanced_accuracy(predicted: Any, labels: Any) -> Estimate:
     """The mean of the accuracies of the classes that occur in `labels`, each counted alike.
 
     Raises:
@@ -60,7 +51,7 @@ def class_balanced_accuracy(predicted: Any, labels: Any) -> Accuracy:
     """
     classes = group_accuracy(predicted, labels, labels).values()
     p, low, high = (np.array([getattr(each, name) for each in classes]) for name in ("value", "low", "high"))
-    return Accuracy(
+    return Estimate(
         float(p.mean()),
         float(p.mean() - np.linalg.norm(p - low) / len(p)),
         float(p.mean() + np.linalg.norm(high - p) / len(p)),
@@ -68,7 +59,7 @@ def class_balanced_accuracy(predicted: Any, labels: Any) -> Accuracy:
     )
 
 
-def worst_group_accuracy(predicted: Any, labels: Any, groups: Sequence[Hashable] | Any) -> tuple[Any, Accuracy]:
+def worst_group_accuracy(predicted: Any, labels: Any, groups: Sequence[Hashable] | Any) -> tuple[Any, Estimate]:
     """The group with the lowest accuracy, and that; the first of several. The interval is that group's, as if it were the only one.
 
     Raises:
@@ -86,7 +77,7 @@ def _hits(predicted: Any, labels: Any) -> np.ndarray:
     return predicted == labels
 
 
-def _of(hits: np.ndarray) -> Accuracy:
+def _of(hits: np.ndarray) -> Estimate:
     found = binomtest(int(hits.sum()), len(hits))
     interval = found.proportion_ci(method="wilson")
-    return Accuracy(float(found.statistic), float(interval.low), float(interval.high), len(hits))
+    return Estimate(float(found.statistic), float(interval.low), float(interval.high), len(hits))

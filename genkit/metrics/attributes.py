@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from genkit.data.digits import DIGITS, LABELS, read_caption
-from genkit.metrics.accuracy import Accuracy, accuracy
+from genkit.metrics.accuracy import accuracy
+from genkit.metrics.estimate import Estimate
 
 
 def asked_for(caption: str | None, label: str | int | None = None) -> dict[str, int]:
@@ -28,7 +29,7 @@ def asked_for(caption: str | None, label: str | int | None = None) -> dict[str, 
     return {"digit": int(text)} if text.isdecimal() and int(text) < len(DIGITS) else {}
 
 
-def attribute_accuracy(judge: Any, features: Tensor, asked: Sequence[Mapping[str, int]]) -> dict[str, Accuracy]:
+def attribute_accuracy(judge: Any, features: Tensor, asked: Sequence[Mapping[str, int]]) -> dict[str, Estimate]:
     """How often the judge reads what was asked for, by attribute; of an attribute that no picture was asked for there is nothing.
 
     Args:
