@@ -283,7 +283,7 @@ BAD_REFERENCES = {
     "few points": (lambda file: save(file, CLOUDS[0, :20]), "at least 64"),
     "flat array": (lambda file: save(file, np.zeros((100, 2))), "(K, 3)"),
     "words": (lambda file: save(file, np.array(["chair"] * 100)), "no cloud of points"),
-    "NaN": (lambda file: save(file, np.full((100, 3), np.nan)), "NaN"),
+    "NaN": (lambda file: save(file, np.full((100, 3), np.nan)), "not all finite"),
     "one place": (lambda file: save(file, np.zeros((100, 3))), "one place"),
     "pickle": (lambda file: save(file, np.array([{}], dtype=object), allow_pickle=True), "no cloud of points"),
 }  # fmt: skip
