@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 TEXT_MODELS = ("digits", "digits-turbo")
 MOST_IMAGES, MOST_STEPS = 16, 100
-FURNITURE = ("chair", "table", "lamp", "cabinet")
 
 
 @functools.cache
@@ -32,6 +31,13 @@ def _loaded(model: str, device: str) -> Any:
     if model not in zoo.names():
         raise unknown("embedded model", model, zoo.names())
     return load(model, device=device, quiet=True)
+
+
+@functools.cache
+def _prior(device: str) -> Any:
+    from genkit.pipelines import LayoutPriorPipeline
+
+    return LayoutPriorPipeline.from_pretrained(zoo.path("scenes-prior")).to(device)
 
 
 def sample(
@@ -82,15 +88,14 @@ def classify(picture: Image | None, labels: str, policy: str, *, device: str = "
 def detect(picture: Image | None, prior: bool, *, device: str = "cpu") -> tuple[Image, list[list[Any]], str]:
     """The picture with what was found, a table of it, and what it cost."""
     from genkit.images import with_boxes
-    from genkit.pipelines import LayoutInversionPipeline, LayoutPriorPipeline
+    from genkit.pipelines import LayoutInversionPipeline
 
     if picture is None:
         raise ValueError("There is no picture. Drop one, or take a scene.")
     pipe = LayoutInversionPipeline.from_pipe(_loaded("scenes", device))
-    known = LayoutPriorPipeline.from_pretrained(zoo.path("scenes-prior")).to(device) if prior else None
     width, height = pipe.picture_size
     shown = picture.convert("RGB").resize((width, height))
-    found = pipe([shown], prior=known).detections[0]
+    found = pipe([shown], prior=_prior(device) if prior else None).detections[0]
     boxes = [[x0 * width, y0 * height, x1 * width, y1 * height] for x0, y0, x1, y1 in found.layout.boxes]
     texts = [f"{label} {score:.2f}" for label, score in zip(found.layout.labels, found.scores, strict=True)]
     rows = [
@@ -230,9 +235,11 @@ def _assemble_tab(gr: Any, told: Any) -> None:
         # A folder of its own for each answer: the browser fetches the model after the call.
         return assemble(category, number, upload, Path(tempfile.mkdtemp(prefix="genkit-ui-")))
 
+    from genkit.data.furniture import CATEGORIES
+
     with gr.Row():
         with gr.Column():
-            category = gr.Dropdown(list(FURNITURE), value="chair", label="Generated furniture")
+            category = gr.Dropdown(list(CATEGORIES), value="chair", label="Generated furniture")
             number = gr.Number(0, label="Number, and seed of the random poses", precision=0)
             upload = gr.File(label="or parts in their assembled pose (.glb)", file_types=[".glb"], type="filepath")
             button = gr.Button("Assemble on a scan of the whole", variant="primary")
