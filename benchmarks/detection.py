@@ -1,6 +1,6 @@
 """Detection by inversion of `scenes`, which was never trained to detect: average precision on held-out scenes, by evaluations.
 
-    python benchmarks/detection.py [--model scenes] [--prior scenes-prior] [--detector FOLDER] [--count 200] [--only TEXT]
+    python benchmarks/detection.py [--model scenes] [--prior scenes-prior] [--detector FOLDER] [--count 200] [--only ROW]
         [--part I/N] [--out benchmarks/results/detection.json] [--picture FILE]
 
     mixed       200 scenes of test digits as `genkit.data.scenes` draws them, every fifth crowded
@@ -59,8 +59,8 @@ CASES = {
     "mixed, no prior": Case(prior=False),
     "crowded": Case("crowded"),
     "crowded, no prior": Case("crowded", prior=False),
-    "mixed, half the pairs": Case(search=LayoutSearch(few=3, some=8), pairs=16),
-    "mixed, a quarter of the pairs": Case(search=LayoutSearch(few=2, some=4, steps=6), pairs=8),
+    "mixed, half the pairs": Case(search=LayoutSearch(few=2, some=6), pairs=12),
+    "mixed, half the pairs, no second look": Case(search=LayoutSearch(few=2, some=6, patience=1, anew=0), pairs=12),
 }
 
 
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--prior", default="scenes-prior")
     parser.add_argument("--detector", type=Path, help="folder of benchmarks/detector.py")
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", action="append", choices=list(CASES), help="a row; may be given several times")
     parser.add_argument("--part", type=lambda text: tuple(map(int, text.split("/"))), default=(0, 1))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/detection.json"))
     parser.add_argument("--picture", type=Path)
@@ -149,7 +149,7 @@ def main() -> None:
         "device": f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__, "python": platform.python_version()
     }  # fmt: skip
     for name, case in CASES.items():
-        if options.only in name:
+        if options.only is None or name in options.only:
             records = run(case, name, pipe, prior, options)
             document["rows"][name] = figures(case, records, options.count)
             if options.picture is not None and name == "mixed":

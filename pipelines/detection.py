@@ -22,7 +22,7 @@ from genkit.pipelines.layout import LayoutPriorPipeline
 from genkit.pipelines.pictures import Images, is_single, pictures
 from genkit.scoring import PairPlan
 
-PLAN = PairPlan(count=32, weighting="elbo", span=(0.1, 0.9))
+PLAN = PairPlan(count=24, weighting="elbo", span=(0.15, 0.75))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,7 +75,7 @@ class LayoutDenoiser(Denoiser):
             packed = torch.cat([torch.where(label >= 0, own, label)[..., None], packed[..., 1:]], dim=-1)
             return Cond(encoder(packed))
 
-        return Grounding(names, encoder.config.slots, condition)
+        return Grounding(names, encoder.config.slots, condition, Cond(encoder.null(1)) if encoder.config.paint else None)
 
     def _channels(self) -> int:
         return self.pipe.vae.config.latent_channels

@@ -52,6 +52,7 @@ class LayoutLoss:
         self.proof = Proof(denoiser)
         self.evaluations = 0
         self._maps: dict[bytes, Tensor] = {}  # of each layout (n, h, w), the first n pairs
+        self._unknown: Tensor | None = None  # maps (n, h, w) with nothing known
         self._priors: dict[bytes, float] = {}
 
     @torch.no_grad()
@@ -67,6 +68,22 @@ class LayoutLoss:
             for key, more in zip(missing, found, strict=True):
                 self._maps[key] = torch.cat([self._maps[key], more]) if key in self._maps else more
         return torch.stack([self._maps[key][:count].mean(0) for key in keys])
+
+    @torch.no_grad()
+    def surprise(self, layout: Tensor, count: int | None = None) -> Tensor:
+        """How much worse a packed layout (N, 5) explains each place (h, w) than nothing known does, on the first `count` pairs.
+
+        What is hard to denoise whatever is said of it, as an edge is, cancels: a place is positive where something is left out or
+        made up. For a model to which an empty layout and nothing known are one, the loss itself.
+        """
+        found = self.maps(layout[None], count)[0]
+        if self.grounding.unknown is None:
+            return found
+        if self._unknown is None:
+            with proving(self.proof) as proof, proof.step("losses"):
+                every = torch.arange(len(self.pairs)).split(self.batch_size)
+                self._unknown = torch.cat([self._rows(self.grounding.unknown[[0] * len(part)], part) for part in every])
+        return found - self._unknown[:count].mean(0)
 
     def __call__(self, layouts: Tensor, count: int | None = None) -> Tensor:
         """L (B,) in float64 of packed layouts (B, N, 5), on the first `count` pairs."""

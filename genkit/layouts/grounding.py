@@ -19,8 +19,10 @@ class Grounding:
         slots: most objects of a layout.
         condition: from packed layouts (B, N, 5), N at most `slots`, whose classes are numbers in `class_names`, to the model's
             condition; differentiable in the boxes.
+        unknown: the condition (one row) of which nothing is known; None for a model that cannot tell it from an empty layout.
     """
 
     class_names: list[str]
     slots: int
     condition: Callable[[Tensor], Cond]
+    unknown: Cond | None = None

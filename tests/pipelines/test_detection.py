@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +17,17 @@ from typer.testing import CliRunner
 
 from genkit import noise
 from genkit.cli.app import app
+from genkit.data import scenes
 from genkit.data.coco import CocoImage, write_coco
+from genkit.denoisers.base import Cond
 from genkit.inversion.layout_loss import LayoutLoss
-from genkit.inversion.layout_search import LayoutSearch, without_slot
+from genkit.inversion.layout_search import LayoutSearch, inside, without_slot
 from genkit.inversion.proposals import new, propose
 from genkit.layouts import Layout, LayoutPrior, pack
+from genkit.layouts.grounding import Grounding
 from genkit.layouts.prior import prior_scheduler
 from genkit.pipelines import GuidedPipeline, LayoutInversionPipeline, LayoutPriorPipeline
+from genkit.pipelines.detection import PLAN as SCENES_PLAN
 from genkit.scoring import PairPlan
 from tests import tiny
 from tests.genkit.test_layouts import NAMES
@@ -32,8 +37,8 @@ PLAN = PairPlan(count=6, weighting="elbo", span=(0.1, 0.9))
 SEARCH = LayoutSearch(few=2, some=4, proposals=3, steps=3)
 
 
-def pipeline() -> LayoutInversionPipeline:
-    pipe = LayoutInversionPipeline(layout_model())
+def pipeline(paint: int = 0) -> LayoutInversionPipeline:
+    pipe = LayoutInversionPipeline(layout_model(paint=paint))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -48,6 +53,7 @@ class Planted(LayoutLoss):
 
     def __init__(self, truth: Tensor, side: int = 16) -> None:
         self.side, self.pairs, self.prior, self.beta, self.evaluations = side, range(16), None, 1.0, 0
+        self.grounding = Grounding(NAMES, len(truth), lambda packed: Cond({"layout": packed}))
         self.target = self._drawn(truth[None])[0]
 
     def _drawn(self, layouts: Tensor) -> Tensor:
@@ -103,7 +109,7 @@ class TestSearch:
         layout = pack([Layout([0, 1], [(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)])], NAMES, 3)[0]
         assert without_slot(layout, 0)[:, 0].tolist() == [1, -1, -1]
 
-    @pytest.mark.parametrize("name", ["few", "some", "kept", "proposals", "lr"])
+    @pytest.mark.parametrize("name", ["few", "some", "proposals", "lr", "doubt"])
     def test_wrong_numbers(self, name: str) -> None:
         with pytest.raises(ValueError, match=f"{name}=0 must be positive"):
             LayoutSearch(**{name: 0})
@@ -123,6 +129,33 @@ class TestLoss:
         assert loss.evaluations == 12
         loss(layouts.flip(0))
         assert loss.evaluations == 12  # remembered
+
+    def test_surprise_is_measured_against_nothing_known(self) -> None:
+        pipe = pipeline(paint=5)
+        x0 = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1))
+        layouts = pack([Layout([0], [(0.1, 0.1, 0.6, 0.5)]), Layout([], [])], NAMES, 3)
+        loss = LayoutLoss(pipe.denoiser, pipe.denoiser.grounding(), x0, PLAN)
+        null = pipe.denoiser.condition(layouts=layouts[:1]).null()
+        pairs = PLAN.pairs(pipe.scheduler, x0.shape)
+        unknown = (pipe.denoiser.losses(x0[None], pairs, null)[0] * pairs.weight)[:, :4].mean()
+        for layout in layouts:
+            expected = loss(layout[None], 4)[0] - unknown
+            torch.testing.assert_close(loss.surprise(layout, 4).double().sum(), expected, rtol=1e-4, atol=1e-4)
+        plain = dataclasses.replace(loss.grounding, unknown=None)
+        plainly = LayoutLoss(pipe.denoiser, plain, x0, PLAN).surprise(layouts[0])
+        torch.testing.assert_close(plainly, loss.maps(layouts[:1])[0], rtol=1e-4, atol=1e-4)
+
+    def test_what_is_left_out_of_a_scene_is_surprising(self) -> None:
+        batch, layouts = scenes.draw("test", 3), pack(scenes.layouts("test", 3), scenes.CLASSES, 6)
+        denoiser = LayoutInversionPipeline.from_pretrained("scenes").denoiser
+        for image, layout in zip(batch.images, layouts, strict=True):
+            loss = LayoutLoss(denoiser, denoiser.grounding(), denoiser.encode(image[None])[0], SCENES_PLAN)
+            whole = loss.surprise(layout, 8).clamp(min=0).sum()
+            for slot in range(int((layout[:, 0] >= 0).sum())):
+                less = loss.surprise(without_slot(layout, slot), 8)
+                assert less.clamp(min=0).sum() > whole + 4
+                (box,) = inside(layout[slot : slot + 1, 1:], 16, 16)
+                assert less[box].sum() > less[~box].sum()
 
     def test_the_gradient_is_that_of_the_loss(self) -> None:
         pipe = pipeline()
