@@ -22,6 +22,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +33,7 @@ from turbo import fingerprint
 
 from genkit import zoo
 from genkit.data import scenes
-from genkit.data.coco import annotation_document, pixels
+from genkit.data.coco import CocoImage, annotation_document, pixels
 from genkit.files import write_atomic
 from genkit.images import save_png
 from genkit.inversion.layout_search import LayoutSearch
@@ -41,6 +42,8 @@ from genkit.measuring import seconds
 from genkit.metrics.detection import average_precision
 from genkit.pipelines import LayoutInversionPipeline, LayoutPriorPipeline
 from genkit.pipelines.detection import PLAN
+
+DRAWS = 200  # of the bootstrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,19 +100,29 @@ def run(case: Case, name: str, pipe: LayoutInversionPipeline, prior: Any, option
     return [records[i] for i in sorted(records) if i < options.count]
 
 
-def figures(case: Case, records: list[dict[str, Any]], count: int) -> dict[str, float]:
-    """COCO's figures, and the cost of a scene."""
+def figures(case: Case, records: list[dict[str, Any]], count: int) -> dict[str, Any]:
+    """COCO's figures with 95 % intervals (bootstrap over the scenes), and the cost of a scene."""
     images = scenes.coco_images(scenes.draw(case.split, count, kind=case.kind))
-    done = {record["scene"] for record in records}
-    rows = [
-        {"image_id": record["scene"], "category_id": label + 1, "bbox": pixels(box, scenes.SIZE, scenes.SIZE), "score": score}
-        for record in records
-        for label, box, score in zip(record["labels"], record["boxes"], record["scores"], strict=True)
-    ]
-    found = average_precision(annotation_document([image for image in images if image.id in done], scenes.CLASSES), rows)
+    found: dict[str, Any] = _precision(images, records)
+    rng = np.random.default_rng(0)
+    again = [_precision(images, [records[i] for i in rng.integers(len(records), size=len(records))]) for _ in range(DRAWS)]
+    for name in ("AP50", "AP"):
+        low, high = np.quantile([draw[name] for draw in again], (0.025, 0.975)).tolist()
+        found |= {f"{name}_low": low, f"{name}_high": high}
     for name in ("evaluations", "seconds"):
         found[name] = statistics.mean(record[name] for record in records)
-    return found | {"scenes": len(records)}
+    return found | {"most_seconds": max(record["seconds"] for record in records), "scenes": len(records)}
+
+
+def _precision(images: list[CocoImage], records: list[dict[str, Any]]) -> dict[str, float]:
+    """Of some scenes; a scene may be there several times."""
+    rows = [
+        {"image_id": place, "category_id": label + 1, "bbox": pixels(box, scenes.SIZE, scenes.SIZE), "score": score}
+        for place, record in enumerate(records)
+        for label, box, score in zip(record["labels"], record["boxes"], record["scores"], strict=True)
+    ]
+    seen = [dataclasses.replace(images[record["scene"]], id=place) for place, record in enumerate(records)]
+    return average_precision(annotation_document(seen, scenes.CLASSES), rows)
 
 
 def draw(case: Case, records: list[dict[str, Any]], file: Path, count: int = 24) -> None:

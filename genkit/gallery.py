@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from genkit.sweep import Plan
 
 SHEET = "grid.png"
+SHEET_MOST = 1024  # pictures of a contact sheet
 HEATMAPS = "heatmaps"  # a folder of their own, so that the pictures are the only ones in theirs
 ENTROPY = "attention_entropy"
 
@@ -27,19 +28,21 @@ class Gallery:
 
     Args:
         folder: created if needed.
+        shards: spread the images over 256 folders below it, by the first two digits of their recipe's hash, since a folder of
+            very many files is slow. Which one does not depend on what else is made.
 
     Raises:
         OSError: the folder is a file, or cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, shards: bool = False) -> None:
+        self.folder, self.shards = folder, shards
         self._versions = versions()
         prepare_folder(folder)
 
     def path(self, recipe: Recipe) -> Path:
         """Where the recipe's PNG goes."""
-        return self.folder / f"{recipe.name}.png"
+        return (self.folder / recipe.hash[:2] if self.shards else self.folder) / f"{recipe.name}.png"
 
     def heatmaps(self, recipe: Recipe) -> Path:
         """Where the recipe's heat maps go: this sheet, and beside it the arrays (.npz)."""
@@ -74,6 +77,7 @@ class Gallery:
         path = self.path(recipe)
         if outcome.heatmaps is not None:
             self._save_heatmaps(recipe, image, outcome.heatmaps)
+        path.parent.mkdir(exist_ok=True)
         line = recipe.parameters(image.size, self._versions)
         save_png(image, path, {CHUNK: recipe.to_json(self._versions, outcome.attention), "parameters": line})
         sidecar: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -58,7 +59,7 @@ class Job(ImageJob):
         if first is None:
             return
         where, settings = resolve_device(device), self.settings
-        pairs = settings["plan"]["count"]
+        pairs, search = settings["plan"]["count"], LayoutSearch(proposals=settings["proposals"])
         with progress(disable=not self.ranks.leads) as bar:
             task = bar.add_task(f"loading {Path(settings['model']).name}", total=len(files))
             host = load(
@@ -80,7 +81,7 @@ class Job(ImageJob):
                 pipe(
                     itertools.chain([first], pictures), labels=settings["labels"], prior=prior, beta=settings["beta"],
                     nms=settings["nms"],
-                    search=LayoutSearch(proposals=settings["proposals"], few=min(6, pairs), some=min(16, pairs)),
+                    search=dataclasses.replace(search, few=min(search.few, pairs), some=min(search.some, pairs)),
                     plan=PairPlan(**settings["plan"], span=PLAN.span), batch_size=how["batch_size"], callback=keep,
                 )  # fmt: skip
             self.attention = pipe.attention

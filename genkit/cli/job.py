@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from genkit.cli.common import BAD_INPUT, INTERRUPTED, PARTLY, Output, resolve_device
-from genkit.gallery import Gallery
+from genkit.gallery import SHEET_MOST, Gallery
 from genkit.ranks import Ranks
 from genkit.recipe import Recipe
 from genkit.runner import Watch
@@ -45,7 +45,7 @@ class Job:
             own = self.ranks.join(cpu=device == "cpu")
             self.make(own or device, attn, batch_size, allow_pickle, tokens)
             self.ranks.wait()
-            sheet = self.gallery.save_sheet(self.table) if grid and self.ranks.leads and len(self.table.recipes) > 1 else None
+            sheet = self._sheet() if grid and self.ranks.leads and len(self.table.recipes) > 1 else None
         except KeyboardInterrupt:
             made = self._present()
             self.output.note(f"Interrupted after {len(made)} of {len(self.table.recipes)} images. Repeat with --resume to finish.")
@@ -90,6 +90,13 @@ class Job:
                 else:
                     self.errors[outcome.recipe] = outcome.error
                 bar.update(task, completed=max(count, bar.tasks[task].completed))
+
+    def _sheet(self) -> Path | None:
+        """The contact sheet; very many images have none."""
+        if (count := len(self.table.recipes)) > SHEET_MOST:
+            self.output.note(f"No contact sheet: it would show {count:,} images, and holds at most {SHEET_MOST:,}.")
+            return None
+        return self.gallery.save_sheet(self.table)
 
     def _present(self) -> list[Recipe]:
         return [recipe for recipe in self.table.recipes if recipe in self.done or recipe in self.seconds or self._by_others(recipe)]

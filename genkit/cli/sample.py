@@ -66,7 +66,8 @@ def sample(
         option(_HOW, "key=a,b,c: steps, cfg, eta, sampler, negative, or a guidance's classifier.scale. Repeat it for a grid."),
     ] = None,
     out: Annotated[Path, option(_WHERE, "Folder for the images.")] = Path("out"),
-    grid: Annotated[bool, option(_WHERE, "Draw a labelled contact sheet, grid.png.")] = True,
+    grid: Annotated[bool, option(_WHERE, "Draw a labelled contact sheet, grid.png, of up to 1,024 images.")] = True,
+    shards: Annotated[bool, option(_WHERE, "Spread the images over 256 folders in it, for very many.", "--shards")] = False,
     heatmaps: Annotated[
         bool, option(_WHERE, "Also heat maps of the prompt's words over each image, in the folder heatmaps.", "--heatmaps")
     ] = False,
@@ -125,7 +126,7 @@ def sample(
         if dry_run:
             _print_plan(output, table, out)
             return
-        gallery = Gallery(out)
+        gallery = Gallery(out, shards=shards)
         done = {recipe for recipe in table.recipes if resume and gallery.has(recipe, watch)}
         Job(table, gallery, done, ranks, output, watch).run(
             device=device, attn=attn, batch_size=batch, allow_pickle=allow_pickle, grid=grid, tokens=token or []

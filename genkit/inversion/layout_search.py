@@ -42,7 +42,7 @@ class LayoutSearch:
         patience: objects that are added in vain before the layout stops growing.
         anew: times that objects are taken out and looked for again.
         doubt: nats of surprise from which something is looked for: the sum over the places that are explained worse than by nothing
-            known. On 16 scenes for validation the right layouts had at most 10 nats but for one, those without an object 15 and more.
+            known. On 16 scenes for validation the right layouts had at most 10 nats but for one, without an object 15 and more.
 
     Raises:
         ValueError: numbers that are not positive.
@@ -120,7 +120,7 @@ class LayoutSearch:
         return int((layout[:, 0] >= 0).sum())
 
     def _add(self, loss: LayoutLoss, layout: Tensor, classes: int, known: Tensor | None = None) -> Tensor | None:
-        """The layout with the one object more that has the lowest L; None if nothing is proposed beside its own boxes and `known`."""
+        """The layout with the one object more that has the lowest L; None if no box is proposed but its own and those `known`."""
         count = self._count(layout)
         known = layout[:count, 1:] if known is None else torch.cat([layout[:count, 1:], known])
         boxes = new(propose(loss.surprise(layout, self.some), most=self.proposals), known)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from genkit import samplers, zoo
 from genkit.cli.app import app
+from genkit.data.pictures import find_pictures
 from genkit.guidance import Guidance, State, registry
 from genkit.images import read_text
 from genkit.prediction import Prediction
@@ -111,6 +112,22 @@ def test_resume_makes_only_what_is_missing(tiny_folder: Path, tmp_path: Path) ->
         assert np.abs(pixels(path) - before[path]).max() <= 1
     third = sample(*arguments[:-1], "--resume")
     assert "4 were there already" in third.stdout
+
+
+def test_shards_hold_the_same_images(made: tuple[Path, dict], tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("genkit.cli.job.SHEET_MOST", 5)
+    arguments = (PROMPT, "", "--model", tiny_folder, "--seeds", "0-2", "--steps", 3, "--out", tmp_path, "--shards", "--json")
+    result = sample(*arguments)
+    assert "would show 6 images" in result.stderr
+    document = json.loads(result.stdout)
+    assert document["grid"] is None
+    for there, here in zip(made[1]["images"], document["images"], strict=True):
+        path = Path(here["file"])
+        assert path.name == Path(there["file"]).name
+        assert path.parent == tmp_path / read_recipe(path).hash[:2]
+        assert np.abs(pixels(path) - pixels(there["file"])).max() <= 1
+    assert all(entry["resumed"] for entry in json.loads(sample(*arguments, "--resume").stdout)["images"])
+    assert len(find_pictures([str(tmp_path)])) == 6  # what reads folders reads them all
 
 
 def test_sweeps_span_a_grid(tiny_folder: Path, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from genkit.scoring import PairPlan
 from tests import tiny
 from tests.genkit.test_layouts import NAMES
 from tests.genkit.test_layouts import tiny as layout_model
+from tests.processes import two_processes
 
 PLAN = PairPlan(count=6, weighting="elbo", span=(0.1, 0.9))
 SEARCH = LayoutSearch(few=2, some=4, proposals=3, steps=3)
@@ -330,6 +331,17 @@ class TestCommand:
         surest = max(a["scores"])
         fewer = json.loads(self.run(*line, "--resume", "--least", surest).out)["results"][0]
         assert fewer["scores"] == [surest]
+
+    def test_two_processes_find_what_one_finds(self, folders: Path, tmp_path: Path) -> None:
+        line = ["detect", folders / "images", "--model", folders / "model", "--prior", folders / "prior", "--pairs", 4]
+        line = [str(part) for part in (*line, "--proposals", 2, "--device", "cpu", "--json", "--out")]
+        _, stdout, stderr = two_processes([*line, str(tmp_path / "two")], ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1")
+        assert (tmp_path / "two" / "detections.1.jsonl").is_file(), stderr
+        two, one = (json.loads(text) for text in (stdout, CliRunner().invoke(app, [*line, str(tmp_path / "one")]).stdout))
+        for a, b in zip(two["results"], one["results"], strict=True):
+            assert (a["image"], a["labels"], a["evaluations"]) == (b["image"], b["labels"], b["evaluations"])
+            assert torch.tensor(a["boxes"]).sub(torch.tensor(b["boxes"])).abs().max() < 0.1  # pixels
+            assert a["scores"] == pytest.approx(b["scores"], abs=1e-3)
 
     def test_a_table_for_people_and_a_prior(self, folders: Path) -> None:
         line = [
