@@ -62,6 +62,7 @@ CASES = {
     "mixed, no prior": Case(prior=False),
     "crowded": Case("crowded"),
     "crowded, no prior": Case("crowded", prior=False),
+    "mixed, at most 2,000": Case(search=LayoutSearch(budget=2000)),
     "mixed, half the pairs": Case(search=LayoutSearch(few=2, some=6), pairs=12),
     "mixed, half the pairs, no second look": Case(search=LayoutSearch(few=2, some=6, patience=1, anew=0), pairs=12),
 }

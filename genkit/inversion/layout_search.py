@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from genkit.inversion.layout_loss import LayoutLoss
-from genkit.inversion.proposals import new, propose
+from genkit.inversion.proposals import blobs, new, propose
 from genkit.layouts.layout import EMPTY
 
 SMALLEST = 1 / 32  # side of a box
@@ -39,10 +39,12 @@ class LayoutSearch:
         steps: of a descent of boxes; a third of it after each addition.
         lr: of that descent (Adam), in units of the picture's side.
         margin: nats by which an object must lower L.
+        turns: of boxes and classes when the layout is whole, at most.
         patience: objects that are added in vain before the layout stops growing.
         anew: times that objects are taken out and looked for again.
         doubt: nats of surprise from which something is looked for: the sum over the places that are explained worse than by nothing
             known. On 16 scenes for validation the right layouts had at most 10 nats but for one, without an object 15 and more.
+        budget: evaluations of the network after which no more looks begin; the layout is tidied, and scored, in any case.
 
     Raises:
         ValueError: numbers that are not positive.
@@ -56,11 +58,13 @@ class LayoutSearch:
     lr: float = 0.02
     margin: float = 0.0
     patience: int = 2
-    anew: int = 1
+    turns: int = 3
+    anew: int = 2
     doubt: float = 8.0
+    budget: int = 8000
 
     def __post_init__(self) -> None:
-        for name in ("few", "some", "proposals", "finalists", "lr", "doubt"):
+        for name in ("few", "some", "proposals", "finalists", "lr", "doubt", "budget"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
 
@@ -75,24 +79,26 @@ class LayoutSearch:
         layout[:, 0] = EMPTY
         trace = [layout]
         for again in range(self.anew + 1):
-            before = layout
             if again:
-                layout = self._anew(loss, layout, classes)
+                layout = self._anew(loss, layout, classes, again)
                 trace.append(layout)
-            layout = self._grown(loss, layout, classes, trace)
+            layout = self._grown(loss, layout, classes, trace, again)
             layout = self._tidied(loss, layout, classes, trace)
-            if self._doubted(loss, layout) is None or (again and torch.equal(layout, before)):
+            if self._doubted(loss, layout) is None or loss.evaluations >= self.budget:
                 break
         return layout, trace
 
-    def _grown(self, loss: LayoutLoss, layout: Tensor, classes: int, trace: list[Tensor]) -> Tensor:
+    def _grown(self, loss: LayoutLoss, layout: Tensor, classes: int, trace: list[Tensor], again: int) -> Tensor:
         """With more objects, as long as that lowers L; two may be needed before it does, so that many more are tried."""
         best, in_vain = layout, 0
-        while in_vain < self.patience and self._count(layout) < len(layout) and self._doubted(loss, layout) is not None:
-            longer = self._add(loss, layout, classes)
-            if longer is None:
+        while in_vain < self.patience and self._count(layout) < len(layout) and loss.evaluations < self.budget:
+            if self._doubted(loss, layout) is None:
                 break
-            layout = self._move(loss, longer, max(1, self.steps // 3), self.few)
+            longer = self._add(loss, layout, classes, attempt=again + in_vain)
+            if longer is None:
+                in_vain += 1
+                continue
+            layout = self._move(loss, longer, max(1, self.steps // 3), torch.arange(self.few))
             if self._lower(loss, layout, best):
                 best, in_vain = layout, 0
                 trace.append(best)
@@ -101,15 +107,15 @@ class LayoutSearch:
         return best
 
     def _tidied(self, loss: LayoutLoss, layout: Tensor, classes: int, trace: list[Tensor]) -> Tensor:
-        """With the best classes and boxes, and without what is of no use."""
-        while True:
-            layout = self._move(loss, layout, self.steps, self.some)
-            layout = self._classes(loss, layout, classes)
+        """With the best classes and boxes, and without what is of no use: in turns, since a box is drawn to suit its class."""
+        for _ in range(self.turns):
+            before = layout
+            layout = self._move(loss, layout, self.steps, torch.arange(self.some))
+            layout = self._remove(loss, self._classes(loss, layout, classes))
             trace.append(layout)
-            shorter = self._remove(loss, layout)
-            if torch.equal(shorter, layout):
-                return layout
-            layout = shorter
+            if torch.equal(layout[:, 0], before[:, 0]):
+                break
+        return layout
 
     def _lower(self, loss: LayoutLoss, layout: Tensor, than: Tensor) -> bool:
         """Whether a layout has a lower L than one with an object less."""
@@ -119,17 +125,25 @@ class LayoutSearch:
     def _count(self, layout: Tensor) -> int:
         return int((layout[:, 0] >= 0).sum())
 
-    def _add(self, loss: LayoutLoss, layout: Tensor, classes: int, known: Tensor | None = None) -> Tensor | None:
-        """The layout with the one object more that has the lowest L; None if no box is proposed but its own and those `known`."""
+    def _add(self, loss: LayoutLoss, layout: Tensor, classes: int, known: Tensor | None = None, attempt: int = 0) -> Tensor | None:
+        """The layout with the one object more that has the lowest L; None if no box is proposed but its own and those `known`.
+
+        Another attempt takes other pairs for the descent, and more proposals.
+        """
         count = self._count(layout)
         known = layout[:count, 1:] if known is None else torch.cat([layout[:count, 1:], known])
-        boxes = new(propose(loss.surprise(layout, self.some), most=self.proposals), known)
+        surprise = loss.surprise(layout, self.some)
+        boxes = new(propose(surprise, most=self.proposals), known)
+        if attempt:  # where objects touch, no threshold may part them
+            more = new(blobs(surprise, most=self.proposals), known)
+            boxes = torch.cat([boxes, new(more, boxes)])
         if not len(boxes):
             return None
         tried = self._each_class(layout, count, boxes, classes)
         first = tried[torch.arange(len(boxes)), loss(tried.flatten(0, 1), max(1, self.few // 2)).view(len(boxes), -1).argmin(1)]
+        pairs = (attempt * self.few + torch.arange(self.few)) % self.some
         # A layout is told of tight boxes, and what is a place off explains nothing: each proposal is moved before it is judged.
-        moved = self._descend(loss, first, slice(count, count + 1), self.steps, self.few)
+        moved = self._descend(loss, first, slice(count, count + 1), self.steps, pairs)
         near = torch.cat([first, moved])
         near = near[loss(near, self.few).argsort()[: self.finalists]]
         tried = self._each_class(layout, count, near[:, count, 1:], classes).flatten(0, 1)
@@ -148,7 +162,7 @@ class LayoutSearch:
         surprise = loss.surprise(layout, self.some).clamp(min=0)
         return surprise if float(surprise.sum()) >= self.doubt else None
 
-    def _anew(self, loss: LayoutLoss, layout: Tensor, classes: int) -> Tensor:
+    def _anew(self, loss: LayoutLoss, layout: Tensor, classes: int, again: int) -> Tensor:
         """Objects taken out, the most surprising first, and one or two others added, if L is lower than before."""
         surprise = self._doubted(loss, layout)
         if surprise is None:
@@ -157,26 +171,24 @@ class LayoutSearch:
         within = (surprise * inside(objects[:, 1:], *surprise.shape)).sum((1, 2))
         suspects = objects[within.argsort(descending=True)][: int((within >= self.doubt / 4).sum())]
         for number in suspects:
-            if self._doubted(loss, layout) is None:
+            if self._doubted(loss, layout) is None or loss.evaluations >= self.budget:
                 break
             slot = int((layout == number).all(1).nonzero()[0])
-            one = self._add(loss, without_slot(layout, slot), classes, known=number[None, 1:])
-            two = self._add(loss, one, classes) if one is not None and self._count(one) < len(layout) else None
+            one = self._add(loss, without_slot(layout, slot), classes, known=number[None, 1:], attempt=again)
+            two = self._add(loss, one, classes, attempt=again) if one is not None and self._count(one) < len(layout) else None
             others = torch.stack([other for other in (layout, one, two) if other is not None])
             layout = others[int(loss(others, self.some).argmin())]
         return layout
 
     def _classes(self, loss: LayoutLoss, layout: Tensor, classes: int) -> Tensor:
-        """Each object with the class that lowers L most."""
+        """Each object with the class that lowers L most, on all pairs, which the scores need anyway."""
         for slot in range(self._count(layout)):
             tried = layout.repeat(classes, 1, 1)
             tried[:, slot, 0] = torch.arange(classes).float()
-            near = loss(tried, self.few).topk(min(4, classes), largest=False).indices
-            # The nearest classes differ by little: all pairs decide, which the scores need anyway.
-            layout = tried[near][int(loss(tried[near]).argmin())]
+            layout = tried[int(loss(tried).argmin())]
         return layout
 
-    def _move(self, loss: LayoutLoss, layout: Tensor, steps: int, pairs: int) -> Tensor:
+    def _move(self, loss: LayoutLoss, layout: Tensor, steps: int, pairs: Tensor) -> Tensor:
         """The layout with all boxes from a descent, if L is lower there."""
         count = self._count(layout)
         if not count or not steps:
@@ -185,14 +197,14 @@ class LayoutSearch:
         both = loss(torch.stack([layout, moved]), self.some)
         return moved if both[1] < both[0] else layout
 
-    def _descend(self, loss: LayoutLoss, layouts: Tensor, slots: slice, steps: int, pairs: int) -> Tensor:
+    def _descend(self, loss: LayoutLoss, layouts: Tensor, slots: slice, steps: int, pairs: Tensor) -> Tensor:
         """Layouts (B, N, 5) with the boxes of some slots moved along the gradient of L without the prior."""
         boxes, moved = layouts[:, slots, 1:].clone().requires_grad_(), layouts.clone()
         optimiser = torch.optim.Adam([boxes], lr=self.lr, betas=(0.8, 0.99))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=self.lr / 10)
         for _ in range(steps):
             moved[:, slots, 1:] = boxes.detach()
-            _, gradient = loss.gradient(moved, torch.arange(pairs))
+            _, gradient = loss.gradient(moved, pairs)
             boxes.grad = gradient[:, slots].to(boxes)
             optimiser.step()
             schedule.step()

@@ -2,6 +2,8 @@
 
 A model that is told of too few objects denoises the others badly. The places with the largest errors, connected, are proposals: no
 detector is trained. At a high threshold what touches falls apart, at a low one a thin stroke stays whole; all thresholds propose.
+Objects that no threshold parts are still blobs: peaks of the Laplacian of Gaussians over places and scales (Lindeberg 1998,
+Feature Detection with Automatic Scale Selection), each of which is a box, too.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import box_iou, nms
 
 LEVELS = (0.15, 0.3, 0.45, 0.6)  # thresholds between the median and the upper end of the errors
 LEAST = 3  # places of a proposal
+SCALES = (0.1, 0.13, 0.16, 0.19)  # standard deviations of blobs, in units of the picture's side
+EXTENT = 1.6  # standard deviations from a blob's centre to the sides of its box
 
 
 def propose(surprise: Tensor, levels: Sequence[float] = LEVELS, most: int = 12, same: float = 0.75) -> Tensor:
@@ -50,8 +54,31 @@ def propose(surprise: Tensor, levels: Sequence[float] = LEVELS, most: int = 12, 
     if not boxes:
         return torch.zeros(0, 4)
     found_boxes, scores = torch.tensor(boxes), torch.tensor(sums)
-    kept = batched_nms(found_boxes, scores, torch.zeros(len(scores), dtype=torch.long), same)
+    kept = nms(found_boxes, scores, same)
     return found_boxes[kept[:most]]
+
+
+def blobs(surprise: Tensor, scales: Sequence[float] = SCALES, most: int = 4, same: float = 0.5) -> Tensor:
+    """Square boxes (K, 4) around the blobs of `surprise` (h, w), where positive; the strongest first.
+
+    Args:
+        scales: standard deviations of the Gaussians.
+        most: boxes at most.
+        same: IoU from which the weaker of two is left out.
+    """
+    values = surprise.double().clamp(min=0).cpu().numpy()
+    sigmas = [scale * max(values.shape) for scale in scales]
+    # Times sigma^2, responses at different scales compare.
+    response = np.stack([-(sigma**2) * ndimage.gaussian_laplace(values, sigma, mode="constant") for sigma in sigmas])
+    peaks = (response == ndimage.maximum_filter(response, size=3)) & (response > 0)
+    scale, *places = (torch.from_numpy(axis) for axis in np.nonzero(peaks))
+    if not len(scale):
+        return torch.zeros(0, 4)
+    size = torch.tensor(values.shape[::-1])
+    centres, half = torch.stack(places[::-1], 1) + 0.5, EXTENT * torch.tensor(sigmas)[scale, None]
+    boxes = torch.cat([(centres - half) / size, (centres + half) / size], 1).clamp(0, 1).float()
+    kept = nms(boxes, torch.from_numpy(response[peaks]).float(), same)
+    return boxes[kept[:most]]
 
 
 def new(boxes: Tensor, known: Tensor, same: float = 0.6) -> Tensor:

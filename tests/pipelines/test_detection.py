@@ -110,7 +110,7 @@ class TestSearch:
         layout = pack([Layout([0, 1], [(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)])], NAMES, 3)[0]
         assert without_slot(layout, 0)[:, 0].tolist() == [1, -1, -1]
 
-    @pytest.mark.parametrize("name", ["few", "some", "proposals", "lr", "doubt"])
+    @pytest.mark.parametrize("name", ["few", "some", "proposals", "lr", "doubt", "budget"])
     def test_wrong_numbers(self, name: str) -> None:
         with pytest.raises(ValueError, match=f"{name}=0 must be positive"):
             LayoutSearch(**{name: 0})
