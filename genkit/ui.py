@@ -176,9 +176,8 @@ def build(device: str = "cpu") -> gradio.Blocks:
             _sample_tab(gr, told(sample), here)
         with gr.Tab("Classify"):
             _classify_tab(gr, told(classify))
-        if "scenes" in zoo.names():
-            with gr.Tab("Detect"):
-                _detect_tab(gr, told(detect))
+        with gr.Tab("Detect"):
+            _detect_tab(gr, told(detect))
         with gr.Tab("Assemble"):
             _assemble_tab(gr, told)
     return page

@@ -27,7 +27,7 @@ def detect(
     ] = None,
     beta: Annotated[float, option(_HOW, "Weight of the prior's nats.", min=0)] = 1.0,
     pairs: Annotated[int, option(_HOW, "Pairs of noise level and noise that decide.", min=4)] = 24,
-    proposals: Annotated[int, option(_HOW, "Boxes that are tried at a time.", min=1)] = 6,
+    budget: Annotated[int, option(_HOW, "Network evaluations of an image after which nothing more is looked for.", min=1)] = 8000,
     nms: Annotated[float, option(_HOW, "IoU from which one of two objects of a class is left out.", min=0.01, max=1)] = 0.5,
     least: Annotated[float, option(_WHERE, "Least score of what is reported and drawn.", min=0, max=1)] = 0.0,
     seed: Annotated[int, option(_HOW, "Of the noise.", min=0)] = 42,
@@ -85,7 +85,7 @@ def detect(
         files = find_pictures(images)
         settings: dict[str, Any] = {
             "model": model, "dtype": dtype, "labels": _labels(labels), "prior": chosen, "beta": beta, "nms": nms,
-            "proposals": proposals,
+            "budget": budget,
             "plan": {"count": pairs, "weighting": "elbo", "seed": seed},
         }  # fmt: skip
         if dry_run:

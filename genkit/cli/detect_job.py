@@ -59,7 +59,7 @@ class Job(ImageJob):
         if first is None:
             return
         where, settings = resolve_device(device), self.settings
-        pairs, search = settings["plan"]["count"], LayoutSearch(proposals=settings["proposals"])
+        pairs, search = settings["plan"]["count"], LayoutSearch(budget=settings["budget"])
         with progress(disable=not self.ranks.leads) as bar:
             task = bar.add_task(f"loading {Path(settings['model']).name}", total=len(files))
             host = load(

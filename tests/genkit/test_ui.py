@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from genkit import ui, zoo
+from genkit import ui
 
 
 def test_sampling_is_that_of_the_recipe() -> None:
@@ -49,7 +49,6 @@ def test_classifying_tells_the_cost() -> None:
         ui.classify(None, "", "race")
 
 
-@pytest.mark.skipif("scenes" not in zoo.names(), reason="no weights of scenes")
 def test_detecting_draws_what_it_tells() -> None:
     picture, rows, cost = ui.detect(ui.scene(0), True)
     assert picture.size == (320, 320)

@@ -35,7 +35,7 @@ from tests.genkit.test_layouts import tiny as layout_model
 from tests.processes import two_processes
 
 PLAN = PairPlan(count=6, weighting="elbo", span=(0.1, 0.9))
-SEARCH = LayoutSearch(few=2, some=4, proposals=3, steps=3)
+SEARCH = LayoutSearch(few=2, some=4, proposals=3, steps=3, budget=300)
 
 
 def pipeline(paint: int = 0) -> LayoutInversionPipeline:
@@ -308,7 +308,7 @@ class TestCommand:
         return SimpleNamespace(out=result.stdout, err=" ".join(result.stderr.split()))
 
     def test_files_and_figures(self, folders: Path, tmp_path: Path) -> None:
-        line = [folders / "images", "--model", folders / "model", "--pairs", 4, "--proposals", 2, "--out", tmp_path, "--json"]
+        line = [folders / "images", "--model", folders / "model", "--pairs", 4, "--budget", 200, "--out", tmp_path, "--json"]
         document = json.loads(self.run(*line, "--reference", folders / "coco.json").out)
         assert {"AP", "AP50"} <= set(document)
         a, b = document["results"]
@@ -334,7 +334,7 @@ class TestCommand:
 
     def test_two_processes_find_what_one_finds(self, folders: Path, tmp_path: Path) -> None:
         line = ["detect", folders / "images", "--model", folders / "model", "--prior", folders / "prior", "--pairs", 4]
-        line = [str(part) for part in (*line, "--proposals", 2, "--device", "cpu", "--json", "--out")]
+        line = [str(part) for part in (*line, "--budget", 200, "--device", "cpu", "--json", "--out")]
         _, stdout, stderr = two_processes([*line, str(tmp_path / "two")], ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1")
         assert (tmp_path / "two" / "detections.1.jsonl").is_file(), stderr
         two, one = (json.loads(text) for text in (stdout, CliRunner().invoke(app, [*line, str(tmp_path / "one")]).stdout))
@@ -350,8 +350,8 @@ class TestCommand:
             folders / "model",
             "--pairs",
             4,
-            "--proposals",
-            2,
+            "--budget",
+            200,
             "--prior",
             folders / "prior",
         ]
@@ -361,7 +361,7 @@ class TestCommand:
         assert plan["count"] == 1
 
     def test_bad_input(self, folders: Path, tmp_path: Path) -> None:
-        line = [folders / "images", "--model", folders / "model", "--pairs", 4, "--proposals", 2]
+        line = [folders / "images", "--model", folders / "model", "--pairs", 4, "--budget", 200]
         other = tmp_path / "other.json"
         write_coco(other, [CocoImage(1, "c.png", 9, 9, Layout(["star"], [(0, 0, 1, 1)]))], NAMES)
         broken = tmp_path / "broken.png"
