@@ -28,14 +28,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import draw_bounding_boxes, make_grid
 from turbo import fingerprint
 
 from genkit import zoo
 from genkit.data import scenes
 from genkit.data.coco import CocoImage, annotation_document, pixels
 from genkit.files import write_atomic
-from genkit.images import save_png
+from genkit.images import contact_sheet, save_png, with_boxes
 from genkit.inversion.layout_search import LayoutSearch
 from genkit.journal import Journal
 from genkit.measuring import seconds
@@ -131,16 +130,10 @@ def draw(case: Case, records: list[dict[str, Any]], file: Path, count: int = 24)
     batch = scenes.draw(case.split, count, kind=case.kind)
     drawn = []
     for record in records[:count]:
-        picture = torch.nn.functional.interpolate(batch.images[record["scene"]][None], scale_factor=3)[0]
-        labels = [scenes.CLASSES[label] for label in record["labels"]]
-        boxes = torch.tensor(record["boxes"]).reshape(-1, 4) * 3 * scenes.SIZE
-        image = ((picture / 2 + 0.5).clamp(0, 1) * 255).byte()
-        drawn.append(
-            draw_bounding_boxes(image, boxes, labels, colors="white", label_colors="white", fill_labels=False, width=1)
-            if len(boxes)
-            else image
-        )
-    save_png(to_pil_image(make_grid(drawn, nrow=8, padding=4)), file)
+        picture = to_pil_image((batch.images[record["scene"]] / 2 + 0.5).clamp(0, 1))
+        boxes = [[side * scenes.SIZE for side in box] for box in record["boxes"]]
+        drawn.append(with_boxes(picture, boxes, [scenes.CLASSES[label] for label in record["labels"]], side=3 * scenes.SIZE))
+    save_png(contact_sheet([drawn[k : k + 8] for k in range(0, len(drawn), 8)], [""] * -(-len(drawn) // 8), [""] * 8), file)
 
 
 def main() -> None:

@@ -77,7 +77,8 @@ class Gallery:
         path = self.path(recipe)
         if outcome.heatmaps is not None:
             self._save_heatmaps(recipe, image, outcome.heatmaps)
-        path.parent.mkdir(exist_ok=True)
+        if self.shards:
+            path.parent.mkdir(exist_ok=True)
         line = recipe.parameters(image.size, self._versions)
         save_png(image, path, {CHUNK: recipe.to_json(self._versions, outcome.attention), "parameters": line})
         sidecar: dict[str, Any] = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from genkit.attention.proof import Proof
 from genkit.denoisers.modes import evaluating
 from genkit.inversion.layout_loss import LayoutLoss
-from genkit.inversion.layout_search import LayoutSearch, without_slot
+from genkit.inversion.layout_search import LayoutSearch, each_class, without_slot
 from genkit.layouts.grounding import Grounding
 from genkit.layouts.layout import Layout, unpack
 from genkit.pipelines.base import HostedPipeline
@@ -182,8 +182,7 @@ def _scored(loss: LayoutLoss, layout: Tensor, classes: int, temperature: float) 
     count = int((layout[:, 0] >= 0).sum())
     scores, gains = torch.zeros(count), torch.zeros(count)
     for slot in range(count):
-        tried = layout.repeat(classes, 1, 1)
-        tried[:, slot, 0] = torch.arange(classes).float()
+        tried = each_class(layout, slot, layout[slot : slot + 1, 1:], classes)[0]
         values = loss(torch.cat([tried, without_slot(layout, slot)[None]]))
         own = int(layout[slot, 0])
         scores[slot] = torch.softmax(-values / temperature, 0)[own]

@@ -21,6 +21,8 @@ from genkit.layouts.grounding import Grounding
 from genkit.levels import broadcast
 from genkit.scoring.plan import PairPlan
 
+UNKNOWN = b""  # what the losses with nothing known are remembered by; a layout has bytes
+
 
 class LayoutLoss:
     """The loss of layouts of one picture; what was computed is remembered.
@@ -52,7 +54,6 @@ class LayoutLoss:
         self.proof = Proof(denoiser)
         self.evaluations = 0
         self._maps: dict[bytes, Tensor] = {}  # of each layout (n, h, w), the first n pairs
-        self._unknown: Tensor | None = None  # maps (n, h, w) with nothing known
         self._priors: dict[bytes, float] = {}
 
     @torch.no_grad()
@@ -62,11 +63,7 @@ class LayoutLoss:
         keys = [row.numpy().tobytes() for row in layouts.cpu().contiguous()]
         missing = {key: i for i, key in enumerate(keys) if len(self._maps.get(key, ())) < count}
         if missing:
-            rows, known = list(missing.values()), [len(self._maps.get(key, ())) for key in missing]
-            with proving(self.proof) as proof, proof.step("losses"):
-                found = self._evaluate(layouts[rows].to(self.x0), known, count)
-            for key, more in zip(missing, found, strict=True):
-                self._maps[key] = torch.cat([self._maps[key], more]) if key in self._maps else more
+            self._complete(list(missing), self.grounding.condition(layouts[list(missing.values())].to(self.x0)), count)
         return torch.stack([self._maps[key][:count].mean(0) for key in keys])
 
     @torch.no_grad()
@@ -76,14 +73,13 @@ class LayoutLoss:
         What is hard to denoise whatever is said of it, as an edge is, cancels: a place is positive where something is left out or
         made up. For a model to which an empty layout and nothing known are one, the loss itself.
         """
+        count = len(self.pairs) if count is None else count
         found = self.maps(layout[None], count)[0]
         if self.grounding.unknown is None:
             return found
-        if self._unknown is None:
-            with proving(self.proof) as proof, proof.step("losses"):
-                every = torch.arange(len(self.pairs)).split(self.batch_size)
-                self._unknown = torch.cat([self._rows(self.grounding.unknown[[0] * len(part)], part) for part in every])
-        return found - self._unknown[:count].mean(0)
+        if len(self._maps.get(UNKNOWN, ())) < count:
+            self._complete([UNKNOWN], self.grounding.unknown, count)
+        return found - self._maps[UNKNOWN][:count].mean(0)
 
     def __call__(self, layouts: Tensor, count: int | None = None) -> Tensor:
         """L (B,) in float64 of packed layouts (B, N, 5), on the first `count` pairs."""
@@ -112,13 +108,15 @@ class LayoutLoss:
         self.evaluations += len(rows)
         return losses.detach(), gradient
 
-    def _evaluate(self, layouts: Tensor, known: list[int], count: int) -> list[Tensor]:
-        """Of each layout the losses (count - known, h, w) on the pairs that are not known yet."""
-        cond = self.grounding.condition(layouts)
+    def _complete(self, keys: list[bytes], cond: Cond, count: int) -> None:
+        """Remember the losses of some conditions on the first `count` pairs; evaluates the pairs that are not known yet."""
+        known = [len(self._maps.get(key, ())) for key in keys]
         items = [(row, pair) for row, first in enumerate(known) for pair in range(first, count)]
         which = torch.tensor(items)
-        found = torch.cat([self._rows(cond[part[:, 0].tolist()], part[:, 1]) for part in which.split(self.batch_size)])
-        return list(found.split([count - first for first in known]))
+        with proving(self.proof) as proof, proof.step("losses"):
+            found = torch.cat([self._rows(cond[part[:, 0].tolist()], part[:, 1]) for part in which.split(self.batch_size)])
+        for key, more in zip(keys, found.split([count - first for first in known]), strict=True):
+            self._maps[key] = torch.cat([self._maps[key], more]) if key in self._maps else more
 
     def _rows(self, cond: Cond, pairs: Tensor) -> Tensor:
         """Weighted losses (B, h, w) of conditions and the pairs (B,) that they are seen on."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from genkit.inversion.layout_loss import LayoutLoss
 from genkit.inversion.proposals import blobs, new, propose
-from genkit.layouts.layout import EMPTY
+from genkit.layouts.layout import EMPTY, inside
 
 SMALLEST = 1 / 32  # side of a box
 
@@ -84,26 +84,22 @@ class LayoutSearch:
                 trace.append(layout)
             layout = self._grown(loss, layout, classes, trace, again)
             layout = self._tidied(loss, layout, classes, trace)
-            if self._doubted(loss, layout) is None or loss.evaluations >= self.budget:
+            if not self._looks_on(loss, layout):
                 break
         return layout, trace
 
     def _grown(self, loss: LayoutLoss, layout: Tensor, classes: int, trace: list[Tensor], again: int) -> Tensor:
         """With more objects, as long as that lowers L; two may be needed before it does, so that many more are tried."""
         best, in_vain = layout, 0
-        while in_vain < self.patience and self._count(layout) < len(layout) and loss.evaluations < self.budget:
-            if self._doubted(loss, layout) is None:
-                break
+        while in_vain < self.patience and self._count(layout) < len(layout) and self._looks_on(loss, layout):
             longer = self._add(loss, layout, classes, attempt=again + in_vain)
+            in_vain += 1
             if longer is None:
-                in_vain += 1
                 continue
             layout = self._move(loss, longer, max(1, self.steps // 3), torch.arange(self.few))
             if self._lower(loss, layout, best):
                 best, in_vain = layout, 0
                 trace.append(best)
-            else:
-                in_vain += 1
         return best
 
     def _tidied(self, loss: LayoutLoss, layout: Tensor, classes: int, trace: list[Tensor]) -> Tensor:
@@ -139,39 +135,33 @@ class LayoutSearch:
             boxes = torch.cat([boxes, new(more, boxes)])
         if not len(boxes):
             return None
-        tried = self._each_class(layout, count, boxes, classes)
+        tried = each_class(layout, count, boxes, classes)
         first = tried[torch.arange(len(boxes)), loss(tried.flatten(0, 1), max(1, self.few // 2)).view(len(boxes), -1).argmin(1)]
         pairs = (attempt * self.few + torch.arange(self.few)) % self.some
         # A layout is told of tight boxes, and what is a place off explains nothing: each proposal is moved before it is judged.
         moved = self._descend(loss, first, slice(count, count + 1), self.steps, pairs)
         near = torch.cat([first, moved])
         near = near[loss(near, self.few).argsort()[: self.finalists]]
-        tried = self._each_class(layout, count, near[:, count, 1:], classes).flatten(0, 1)
+        tried = each_class(layout, count, near[:, count, 1:], classes).flatten(0, 1)
         last = tried[loss(tried, self.few).argsort()[: self.finalists]]
         return last[int(loss(last, self.some).argmin())]
 
-    def _each_class(self, layout: Tensor, slot: int, boxes: Tensor, classes: int) -> Tensor:
-        """A layout with an object of each class in each of some boxes (K, 4): (K, classes, N, 5)."""
-        tried = layout.repeat(len(boxes), classes, 1, 1)
-        tried[:, :, slot, 0] = torch.arange(classes).float()
-        tried[:, :, slot, 1:] = boxes[:, None]
-        return tried
+    def _surprise(self, loss: LayoutLoss, layout: Tensor) -> Tensor:
+        """The surprise at each place (h, w), where positive."""
+        return loss.surprise(layout, self.some).clamp(min=0)
 
-    def _doubted(self, loss: LayoutLoss, layout: Tensor) -> Tensor | None:
-        """The surprise at each place (h, w), where positive; None if that is too little for an object to be missing or wrong."""
-        surprise = loss.surprise(layout, self.some).clamp(min=0)
-        return surprise if float(surprise.sum()) >= self.doubt else None
+    def _looks_on(self, loss: LayoutLoss, layout: Tensor) -> bool:
+        """Whether an object may be missing or wrong, and the budget lets it be looked for."""
+        return loss.evaluations < self.budget and float(self._surprise(loss, layout).sum()) >= self.doubt
 
     def _anew(self, loss: LayoutLoss, layout: Tensor, classes: int, again: int) -> Tensor:
         """Objects taken out, the most surprising first, and one or two others added, if L is lower than before."""
-        surprise = self._doubted(loss, layout)
-        if surprise is None:
-            return layout
+        surprise = self._surprise(loss, layout)
         objects = layout[: self._count(layout)]
         within = (surprise * inside(objects[:, 1:], *surprise.shape)).sum((1, 2))
         suspects = objects[within.argsort(descending=True)][: int((within >= self.doubt / 4).sum())]
         for number in suspects:
-            if self._doubted(loss, layout) is None or loss.evaluations >= self.budget:
+            if not self._looks_on(loss, layout):
                 break
             slot = int((layout == number).all(1).nonzero()[0])
             one = self._add(loss, without_slot(layout, slot), classes, known=number[None, 1:], attempt=again)
@@ -183,8 +173,7 @@ class LayoutSearch:
     def _classes(self, loss: LayoutLoss, layout: Tensor, classes: int) -> Tensor:
         """Each object with the class that lowers L most, on all pairs, which the scores need anyway."""
         for slot in range(self._count(layout)):
-            tried = layout.repeat(classes, 1, 1)
-            tried[:, slot, 0] = torch.arange(classes).float()
+            tried = each_class(layout, slot, layout[slot : slot + 1, 1:], classes)[0]
             layout = tried[int(loss(tried).argmin())]
         return layout
 
@@ -229,12 +218,12 @@ def without_slot(layout: Tensor, slot: int) -> Tensor:
     return torch.cat([rest, layout.new_tensor([[EMPTY, 0, 0, 0, 0]])])
 
 
-def inside(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Which places lie in boxes (K, 4): (K, height, width), bool."""
-    x, y = ((torch.arange(count, device=boxes.device) + 0.5) / count for count in (width, height))
-    columns = (x > boxes[:, :1]) & (x < boxes[:, 2:3])
-    rows = (y > boxes[:, 1:2]) & (y < boxes[:, 3:])
-    return rows[:, :, None] & columns[:, None, :]
+def each_class(layout: Tensor, slot: int, boxes: Tensor, classes: int) -> Tensor:
+    """A packed layout (N, 5) with an object of each class in each of some boxes (K, 4): (K, classes, N, 5)."""
+    tried = layout.repeat(len(boxes), classes, 1, 1)
+    tried[:, :, slot, 0] = torch.arange(classes).float()
+    tried[:, :, slot, 1:] = boxes[:, None]
+    return tried
 
 
 def _whole(boxes: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from genkit.errors import unknown
+from genkit.layouts.layout import inside
 
 CODECS = ("gligen", "tokens")
 
@@ -150,17 +151,16 @@ def painted(objects: Tensor, known: Tensor, height: int, width: int) -> Tensor:
     """`layout_objects` (B, N, K + 5) and `layout_known` (B, 4) at the places of latents: (B, K + 4, height, width)."""
     features, present, boxes = objects[..., :-5], objects[..., -5:-4], objects[..., -4:]
     low, high = boxes[..., :2], boxes[..., 2:]
-    inside, within, complete = [], [], []
+    covered, within = [], []
     for axis, count in enumerate((width, height)):
         at = (torch.arange(count, device=objects.device, dtype=objects.dtype) + 0.5) / count
-        complete.append((at > known[:, axis, None]) & (at < known[:, axis + 2, None]))
         first, last = low[..., axis, None], high[..., axis, None]
         # Soft over half a place to each side, so that the boxes have a gradient.
-        inside.append(torch.sigmoid(2 * count * (at - first)) * torch.sigmoid(2 * count * (last - at)))
+        covered.append(torch.sigmoid(2 * count * (at - first)) * torch.sigmoid(2 * count * (last - at)))
         within.append((2 * at - first - last) / (last - first).clamp(min=1 / count))
-    mask = present[..., None] * inside[1][..., :, None] * inside[0][..., None, :]  # (B, N, height, width)
+    mask = present[..., None] * covered[1][..., :, None] * covered[0][..., None, :]  # (B, N, height, width)
     channels = [torch.einsum("bnk,bnhw->bkhw", features, mask), mask.sum(1, keepdim=True)]
     channels.append((mask * within[0][..., None, :]).sum(1, keepdim=True))
     channels.append((mask * within[1][..., :, None]).sum(1, keepdim=True))
-    channels.append((complete[1][:, None, :, None] & complete[0][:, None, None, :]).to(objects))
+    channels.append(inside(known, height, width)[:, None].to(objects))
     return torch.cat(channels, dim=1)

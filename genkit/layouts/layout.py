@@ -87,6 +87,14 @@ def unpack(packed: Tensor, class_names: Sequence[str]) -> list[Layout]:
     return found
 
 
+def inside(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Which places lie in boxes (K, 4): (K, height, width), bool."""
+    x, y = ((torch.arange(count, device=boxes.device, dtype=boxes.dtype) + 0.5) / count for count in (width, height))
+    columns = (x > boxes[:, :1]) & (x < boxes[:, 2:3])
+    rows = (y > boxes[:, 1:2]) & (y < boxes[:, 3:])
+    return rows[:, :, None] & columns[:, None, :]
+
+
 def shuffled(layouts: Tensor, generator: torch.Generator) -> Tensor:
     """Packed layouts (B, N, 5) with the slots of each in random order."""
     order = torch.rand(layouts.shape[:2], generator=generator).argsort(1)

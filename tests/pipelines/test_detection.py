@@ -21,10 +21,11 @@ from genkit.data import scenes
 from genkit.data.coco import CocoImage, write_coco
 from genkit.denoisers.base import Cond
 from genkit.inversion.layout_loss import LayoutLoss
-from genkit.inversion.layout_search import LayoutSearch, inside, without_slot
+from genkit.inversion.layout_search import LayoutSearch, without_slot
 from genkit.inversion.proposals import new, propose
 from genkit.layouts import Layout, LayoutPrior, pack
 from genkit.layouts.grounding import Grounding
+from genkit.layouts.layout import inside
 from genkit.layouts.prior import prior_scheduler
 from genkit.pipelines import GuidedPipeline, LayoutInversionPipeline, LayoutPriorPipeline
 from genkit.pipelines.detection import PLAN as SCENES_PLAN
