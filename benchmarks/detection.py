@@ -125,7 +125,7 @@ def _precision(images: list[CocoImage], records: list[dict[str, Any]]) -> dict[s
     return average_precision(annotation_document(seen, scenes.CLASSES), rows)
 
 
-def draw(case: Case, records: list[dict[str, Any]], file: Path, count: int = 24) -> None:
+def draw(case: Case, records: list[dict[str, Any]], file: Path, count: int = 16) -> None:
     """Scenes with what was found."""
     batch = scenes.draw(case.split, count, kind=case.kind)
     drawn = []

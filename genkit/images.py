@@ -67,7 +67,10 @@ def with_boxes(picture: Image.Image, boxes: Sequence[Sequence[float]], texts: Se
     if not len(boxes):
         return picture
     places = torch.tensor([list(box) for box in boxes]) * scale
-    return to_pil_image(draw_bounding_boxes(pil_to_tensor(picture), places, list(texts), colors="red", width=2))
+    drawn = draw_bounding_boxes(
+        pil_to_tensor(picture), places, list(texts), colors="red", width=2, label_colors="white", fill_labels=True
+    )
+    return to_pil_image(drawn)
 
 
 def contact_sheet(

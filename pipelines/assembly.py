@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from genkit.assembly import point_transformer, pointwise  # noqa: F401  (diffusers finds saved classes among loaded modules)
 from genkit.assembly.couplings import Coupling, Target, TemplateTarget
 from genkit.assembly.hypotheses import Verdict, distinct, judge, verdict
 from genkit.assembly.nearest_grid import Surface

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,13 @@ def test_clouds_are_a_function_of_seed_and_number_and_the_pipeline_is_saved(tmp_
     assert not torch.allclose(model.generate(1, "chair", points=64, steps=3)[0], clouds[0], atol=1e-3)
     with pytest.raises(ValueError, match="Unknown category"):
         model.generate(1, "lamp")
+
+
+def test_a_fresh_process_loads_a_saved_pipeline(tmp_path: Path) -> None:
+    PartAssemblyPipeline(tiny(), furniture.point_scheduler()).save_pretrained(tmp_path)
+    code = "import sys; from genkit.pipelines import PartAssemblyPipeline as P; print(len(P.from_zoo(sys.argv[1]).denoiser.blocks))"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stdout == "2\n", done.stderr
 
 
 def test_training_lowers_the_loss_and_saves_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
