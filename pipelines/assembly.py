@@ -15,6 +15,7 @@ from torch import Tensor
 from genkit.assembly import point_transformer, pointwise  # noqa: F401  (diffusers finds saved classes among loaded modules)
 from genkit.assembly.couplings import Coupling, Target, TemplateTarget
 from genkit.assembly.hypotheses import Verdict, distinct, judge, verdict
+from genkit.assembly.imagined import Opinion, both, imagine, samples
 from genkit.assembly.nearest_grid import Surface
 from genkit.assembly.parts import PartSet
 from genkit.assembly.point_model import PointModel
@@ -27,7 +28,7 @@ from genkit.assembly.surfaces import template_surface
 from genkit.noise import mix
 
 Start = Literal["search", "random", "given"]
-TEMPLATE_POINTS = 4096
+IMAGINED = 0.6  # share of the work, where a model imagines the templates
 
 
 @dataclasses.dataclass
@@ -39,8 +40,8 @@ class PartAssemblyOutput(BaseOutput):
         motions: (H, P, 4, 4), float64, of the parts as they came, in the lengths of the input.
         points: the parts' samples in place (H, P, N, 3), in units.
         scale: (H,), how many times larger than the parts the template was.
-        scores: `energy`, `coverage`, `fit`, `pieces` (H,) and `residual` (H, P), see `genkit.assembly.hypotheses`; none of them
-            knows the truth.
+        scores: `score`, by which they are ranked, `energy`, `coverage`, `fit`, `pieces` (H,) and `residual` (H, P), with a model
+            also `surprise`, `overlap` and `gap` (H,), see `genkit.assembly.hypotheses`; none of them knows the truth.
         template_ids: (H,), which template each was found on.
         equivalence: of each part, the number of the first part of its shape.
         verdict: how sure one can be of the first.
@@ -61,9 +62,10 @@ class PartAssemblyOutput(BaseOutput):
 class PartAssemblyPipeline(DiffusionPipeline):
     """Assembles parts that come in any pose, by searching the poses that make a template, without training for it.
 
-    A template is a reference of the whole (a scan, a mesh), or clouds that the diffusion model draws of the category. Candidate
-    poses are searched on it, the choice is settled, and what was found is ranked by the template alone. `coupling="index"`
-    denoises the assembled cloud itself instead (Zhang et al. 2025, arXiv 2505.00426); see `preset`.
+    A template is a reference of the whole (a scan, a mesh), or what the diffusion model imagines of the parts: samples of the
+    category, renewed after what was assembled on them (`genkit.assembly.imagined`). Candidate poses are searched on it, the choice
+    is settled, and what was found is ranked without the truth. `coupling="index"` denoises the assembled cloud itself instead
+    (Zhang et al. 2025, arXiv 2505.00426); see `preset`.
 
     Args:
         denoiser: of point clouds, see `genkit.assembly.point_model.PointModel`; not needed with a reference.
@@ -88,7 +90,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
         *,
         category: str | int | None = None,
         reference: Any = None,
-        num_templates: int = 8,
+        num_templates: int = 16,
         num_hypotheses: int = 16,
         template_steps: int = 20,
         refine_steps: int | None = None,
@@ -115,7 +117,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
             category: that the model shall draw; without a reference.
             reference: the whole: a mesh, a cloud (K, 3) or a `Surface`, in the lengths of the parts or, with `estimate_scale`, in
                 others. Assemblies are in its frame.
-            num_templates: clouds that the model draws.
+            num_templates: clouds that the model draws; a search goes on with the best quarter of them, or with four.
             num_hypotheses: assemblies that are returned, at most.
             template_steps: of DDIM for each cloud.
             refine_steps: of refinement after the start; by default none after a search, which settles by itself, else 60.
@@ -156,7 +158,20 @@ class PartAssemblyPipeline(DiffusionPipeline):
             initial_poses = initial_poses[..., order, :, :]
         tell = on_stage or (lambda name, share: None)
         tell("template", 0.0)
-        templates = self._templates(parts, reference, category, num_templates, template_steps, estimate_scale, seed)
+        opinion = None
+        if reference is not None:
+            templates = self._reference(parts, reference, estimate_scale)
+        else:
+            clouds = self.generate_templates(num_templates, category, steps=template_steps, seed=seed)
+            opinion = Opinion(parts, self._model(), category, float(clouds.square().mean().sqrt()))
+            templates = [_of_area(parts, cloud) for cloud in clouds]
+            if init == "random":
+                templates = templates[:num_hypotheses]
+            if init == "search":
+                keep = max(4, num_templates // 4)
+                templates = imagine(
+                    parts, opinion, templates, seed=seed, keep=keep, on_stage=lambda s, done: tell(s, IMAGINED * done)
+                )
         steps = (0 if init == "search" else 60) if refine_steps is None else refine_steps
         levels = annealed(h_range, steps) if steps else []
         found: list[_Found] = []
@@ -165,11 +180,13 @@ class PartAssemblyPipeline(DiffusionPipeline):
             share = range(k, num_hypotheses, len(templates))
 
             def stage(name: str, done: float, k: int = k) -> None:
-                tell(name, (k + done) / len(templates))
+                begun = 0.0 if opinion is None or init != "search" else IMAGINED
+                tell(name, begun + (1 - begun) * (k + done) / len(templates))
 
             searcher = Search(parts, template, search, seed=mix(seed, k), on_stage=stage)
             if init == "search":
                 poses = searcher.run(max(len(share), 1))[0]
+                poses = poses if opinion is None else both(parts, poses)
             elif init == "given":
                 given = parts.frames if initial_poses is None else initial_poses
                 poses = (given if given.ndim == 4 else given[None]).double()
@@ -189,15 +206,13 @@ class PartAssemblyPipeline(DiffusionPipeline):
                 poses = _refined(parts, poses, target, levels, points_per_part, push_apart, fit, chunk_size, history)
             if init == "given" and coupling != "index":
                 poses = searcher.settled(poses)
-            if len(poses) == 0:
-                continue
-            scores = judge(searcher, parts, poses)
-            best = scores["energy"].argsort(stable=True)
+            scores = judge(searcher, parts, poses, opinion)
+            best = scores["score"].argsort(stable=True)
             best = best[torch.tensor(distinct(searcher, poses[best]))]
             found.append(_Found(k, scale, poses[best], {key: value[best] for key, value in scores.items()}))
             histories.append([step[best[0]] for step in history])
         tell("rank", 1.0)
-        out = _ranked(parts, found, searcher, num_hypotheses, order)
+        out = _ranked(parts, found, searcher, num_hypotheses, order, centre=opinion is not None)
         if return_history:
             steps_of = histories[[f.template for f in found].index(int(out.template_ids[0]))]
             out.history = [_unsorted(step, order, 0) for step in steps_of]
@@ -237,8 +252,8 @@ class PartAssemblyPipeline(DiffusionPipeline):
         self._model().label(category)
 
     def generate_templates(self, count: int, category: str | int | None, *, steps: int = 20, seed: int = 0) -> Tensor:
-        """Clouds (count, 4096, 3) of the model, of unit standard deviation; cloud i is a function of (seed, i)."""
-        return self._model().generate(count, category, points=TEMPLATE_POINTS, steps=steps, seed=seed)
+        """Clouds (count, 2048, 3) of the model, of unit standard deviation; cloud i is a function of (seed, i)."""
+        return samples(self._model(), count, category, steps=steps, seed=seed)
 
     def _model(self) -> PointModel:
         if self.denoiser is None or self.scheduler is None:
@@ -255,22 +270,19 @@ class PartAssemblyPipeline(DiffusionPipeline):
         if reference is not None and coupling == "index":
             raise ValueError("coupling='index' denoises by the model, so a reference is of no use to it. Leave one of them out.")
 
-    def _templates(
-        self, parts: PartSet, reference: Any, category: str | int | None, count: int, steps: int, estimate: bool, seed: int
-    ) -> list[tuple[Surface, float, Tensor]]:
-        """Templates in units of the parts, the scale from units to the model's lengths (or the reference's), and the centre."""
-        if reference is not None:
-            template = template_surface(reference, parts.unit)
-            scale = scale_of(parts, template) if estimate else 1.0
-            if scale != 1.0:
-                template = template_surface(reference, parts.unit, scale)
-            return [(template, scale, template.points.mean(0))]
-        found = []
-        for cloud in self.generate_templates(count, category, steps=steps, seed=seed):
-            scale = area_scale(parts, Surface(cloud))
-            template = template_surface(cloud, scale=scale)
-            found.append((template, scale, torch.zeros(3)))
-        return found
+    def _reference(self, parts: PartSet, reference: Any, estimate: bool) -> list[tuple[Surface, float, Tensor]]:
+        """The reference in units of the parts, the scale from units to its lengths, and the centre."""
+        template = template_surface(reference, parts.unit)
+        scale = scale_of(parts, template) if estimate else 1.0
+        if scale != 1.0:
+            template = template_surface(reference, parts.unit, scale)
+        return [(template, scale, template.points.mean(0))]
+
+
+def _of_area(parts: PartSet, cloud: Tensor) -> tuple[Surface, float, Tensor]:
+    """A cloud of the model in units, as large as the parts' surface, its scale and its centre."""
+    scale = area_scale(parts, Surface(cloud))
+    return template_surface(cloud, scale=scale), scale, torch.zeros(3)
 
 
 @dataclasses.dataclass
@@ -309,13 +321,15 @@ def _thinned(template: Surface, count: int = 1024) -> Tensor:
     return template.points[torch.randperm(len(template), generator=generator)[:count]]
 
 
-def _ranked(parts: PartSet, found: list[_Found], searcher: Search, count: int, order: list[int]) -> PartAssemblyOutput:
+def _ranked(
+    parts: PartSet, found: list[_Found], searcher: Search, count: int, order: list[int], *, centre: bool
+) -> PartAssemblyOutput:
     """What was found on all templates, best first, the parts in the order that they came in."""
     poses = torch.cat([f.poses for f in found])
     scores = {key: torch.cat([f.scores[key] for f in found]) for key in found[0].scores}
     templates = torch.cat([torch.full((len(f.poses),), f.template) for f in found])
     scale = torch.cat([torch.full((len(f.poses),), f.scale) for f in found])
-    best = scores["energy"].argsort(stable=True)
+    best = scores["score"].argsort(stable=True)
     if len(found) > 1:
         best = best[torch.tensor(distinct(searcher, poses[best]))]
     best = best[:count]
@@ -328,11 +342,21 @@ def _ranked(parts: PartSet, found: list[_Found], searcher: Search, count: int, o
         for i in rows:
             first[i] = rows[0]
     poses = poses[best]
+    if centre:
+        poses = _centred(parts, poses)
     motions, points = parts.to_input(poses), transform(parts.points.double(), poses)
     return PartAssemblyOutput(
         poses=_unsorted(poses, order, 1), motions=_unsorted(motions, order, 1), points=_unsorted(points, order, 1),
         scale=scale[best], scores=scores, template_ids=templates[best], equivalence=first, verdict=sure,
     )  # fmt: skip
+
+
+def _centred(parts: PartSet, poses: Tensor) -> Tensor:
+    """Poses (H, P, 4, 4) with the centroid of the surface at the origin, where a model's clouds have it."""
+    middles = transform(parts.points.double(), poses).mean(-2)
+    poses = poses.clone()
+    poses[..., :3, 3] -= ((parts.areas.double()[:, None] * middles).sum(1) / parts.areas.double().sum())[:, None]
+    return poses
 
 
 def _unsorted(values: Tensor, order: list[int], axis: int) -> Tensor:

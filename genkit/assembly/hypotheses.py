@@ -12,17 +12,15 @@ and how much of its own surface lies on it, and by into how many pieces it falls
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import KDTree
 from torch import Tensor
 
+from genkit.assembly.imagined import Opinion
 from genkit.assembly.parts import PartSet
+from genkit.assembly.plausible import spanning_distances
 from genkit.assembly.rigid import transform
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ class Verdict:
 
     Args:
         word: clear, ambiguous or poor.
-        tied: assemblies within 5 % of the best one's energy, with it.
+        tied: assemblies whose scores are within 5 % of the best one's energy, with it.
         text: the same in a sentence.
     """
 
@@ -71,10 +69,14 @@ def _same(search: Search, a: Tensor, b: Tensor, radius: float) -> bool:
     return True
 
 
-def judge(search: Search, parts: PartSet, poses: Tensor) -> dict[str, Tensor]:
+def judge(search: Search, parts: PartSet, poses: Tensor, opinion: Opinion | None = None) -> dict[str, Tensor]:
     """Scores of assemblies (H, P, 4, 4) on the template of a search.
 
+    Args:
+        opinion: of the model that made the template; a template that is a reference is trusted.
+
     Returns:
+        `score` (H,), what they are ranked by, less is better: the energy, or F of `genkit.assembly.imagined` and its terms;
         `energy` (H,), less is better; `coverage` (H,), the share of the template within 0.05 of a part; `fit` (H,), the share of
         the parts' surface within 0.05 of the template; `pieces` (H,), into how many the assembly falls; `residual` (H, P), r.m.s.
         distance of each part to the template in units, cut off at tau.
@@ -89,23 +91,24 @@ def judge(search: Search, parts: PartSet, poses: Tensor) -> dict[str, Tensor]:
     fit = ((off < NEAR**2).float().mean(-1) * search.shares).sum(-1)
     pieces = torch.tensor([loose_pieces(parts, pose) for pose in poses])
     covered = (squared.amin(-2) < NEAR**2).float().mean(-1)
-    return {"energy": settler.energy(shaped), "coverage": covered, "fit": fit, "pieces": pieces, "residual": residual}
+    energy = settler.energy(shaped)
+    scores = {"energy": energy, "coverage": covered, "fit": fit, "pieces": pieces, "residual": residual}
+    if opinion is None:
+        return {"score": energy, **scores}
+    more = [opinion.scores(pose) for pose in poses]
+    total = torch.tensor([opinion.total(float(e), one) for e, one in zip(energy, more, strict=True)])
+    return {"score": total, **scores, **{key: torch.tensor([one[key] for one in more]) for key in more[0]}}
 
 
 def loose_pieces(parts: PartSet, pose: Tensor) -> int:
     """Into how many pieces an assembly (P, 4, 4) falls; parts whose samples come nearer than 0.05 hold together."""
-    trees = [KDTree(points.numpy()) for points in transform(parts.points.double(), pose.double())]
-    touching = np.zeros((len(trees), len(trees)))
-    for i, j in itertools.combinations(range(len(trees)), 2):
-        distance, _ = trees[i].query(trees[j].data, distance_upper_bound=NEAR)
-        touching[i, j] = distance.min() < NEAR
-    return int(connected_components(touching, directed=False)[0])
+    return 1 + int((spanning_distances(parts, pose) >= NEAR).sum())
 
 
 def verdict(scores: dict[str, Tensor]) -> Verdict:
     """What the scores of distinct assemblies, best first, say of the first."""
-    energy = scores["energy"].double()
-    tied = int((energy <= energy[0] * (1 + TIE)).sum())
+    score = scores["score"].double()
+    tied = int((score <= score[0] + TIE * float(scores["energy"][0])).sum())
     coverage, fit = float(scores["coverage"][0]), float(scores["fit"][0])
     if min(coverage, fit) < POOR:
         text = f"poor: {coverage:.0%} of the template is covered, {fit:.0%} of the parts' surface lies on it"

@@ -22,6 +22,8 @@ from genkit.errors import unknown
 from genkit.levels import Level, kind_of
 from genkit.prediction import Prediction
 
+SURPRISED_AT = (0.1, 0.2)  # noise levels h
+
 
 class PointModel:
     """A denoiser of clouds and its scheduler.
@@ -93,21 +95,60 @@ class PointModel:
         Raises:
             FloatingPointError: the model gave values that are not finite.
         """
-        from diffusers import DDIMScheduler
-
-        label = self.label(category)
-        scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, timestep_spacing="trailing")
-        scheduler.set_timesteps(steps)
-        clouds = []
+        label, clouds = self.label(category), []
         for rows in torch.arange(count).split(batch_size):
             seeds = [noise.mix(seed, int(i)) for i in rows]
-            x, context = noise.normal(seeds, (points, 3)), self.context(seeds)
-            for t in scheduler.timesteps.tolist():
-                x = scheduler.step(self.raw(x, t, label, context), t, x).prev_sample
-            if not torch.isfinite(x).all():
-                raise FloatingPointError("The model's clouds are not finite. Its weights may be damaged.")
-            clouds.append(x)
+            clouds.append(self._denoised(noise.normal(seeds, (points, 3)), label, self.context(seeds), steps, None))
         return torch.cat(clouds)
+
+    @torch.no_grad()
+    def renewed(self, clouds: Tensor, h: float, category: str | int | None = None, *, steps: int = 30, seed: int = 0) -> Tensor:
+        """What the model makes of clouds (B, N, 3) of unit standard deviation that are noised to the level h (SDEdit).
+
+        Args:
+            steps: that a whole denoising would take.
+            seed: of the noise, the same for each cloud.
+
+        Raises:
+            FloatingPointError: the model gave values that are not finite.
+        """
+        return self._denoised(clouds, self.label(category), self.context([seed] * len(clouds)), steps, (h, seed))
+
+    def _denoised(
+        self, x: Tensor, label: int | None, context: Tensor | None, steps: int, start: tuple[float, int] | None
+    ) -> Tensor:
+        """By DDIM, from noise x, or from clouds x that are noised to a level first, with a seed."""
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, timestep_spacing="trailing")
+        scheduler.set_timesteps(steps)
+        timesteps = scheduler.timesteps
+        if start is not None:
+            h, seed = start
+            first = int((timesteps - self.nearest(h)).abs().argmin())
+            timesteps = timesteps[first:]
+            x = scheduler.add_noise(x, noise.normal([seed], tuple(x.shape[1:])).to(x).expand_as(x), timesteps[:1])
+        for t in timesteps.tolist():
+            x = scheduler.step(self.raw(x, t, label, context), t, x).prev_sample
+        if not torch.isfinite(x).all():
+            raise FloatingPointError("The model's clouds are not finite. Its weights may be damaged.")
+        return x
+
+    @torch.no_grad()
+    def surprise(self, clouds: Tensor, category: str | int | None = None, *, draws: int = 4) -> float:
+        """Mean squared error of the predicted noise of clouds (B, N, 3), at low noise: how rough the model finds them.
+
+        The noise is the same at each call, so differences between clouds are not those of the noise.
+        """
+        label, errors = self.label(category), []
+        for h in SURPRISED_AT:
+            step = self.nearest(h)
+            abar = self.scheduler.alphas_cumprod[step]
+            eps = noise.normal(list(range(draws)), tuple(clouds.shape[1:])).to(clouds)
+            for cloud in clouds:
+                noisy = abar.sqrt() * cloud + (1 - abar).sqrt() * eps
+                errors.append((self.eps(noisy, step, label, self.context([0] * draws)) - eps).square().mean())
+        return float(torch.stack(errors).mean())
 
     def target(self, category: str | int | None, scale: float, centre: Tensor, seeds: list[int]) -> Target:
         """Targets of assemblies in units, one seed of noise (and of a latent) for each; fresh noise at each call."""

@@ -37,6 +37,7 @@ class PointSetTransformer(ModelMixin, ConfigMixin):
         categories: names of the classes, in the order of their numbers; one number more stands for none.
         width, layers, heads: of the transformer.
         latents: that the points hear of each other through.
+        sample_size: points of the clouds that it is trained on. It takes any number, but sees how many there are.
 
     Example:
         >>> net = PointSetTransformer(["chair", "table"])
@@ -45,7 +46,9 @@ class PointSetTransformer(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, categories: Sequence[str], width: int = 64, layers: int = 5, heads: int = 4, latents: int = 32) -> None:
+    def __init__(
+        self, categories: Sequence[str], width: int = 64, layers: int = 5, heads: int = 4, latents: int = 32, sample_size: int = 512
+    ) -> None:
         super().__init__()
         self.time_proj = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(width, width)

@@ -190,6 +190,10 @@ class Search:
         """Assemblies (H, P, 4, 4) that are nearly right, settled on the template."""
         return self._in_frames(self.exact.settle(torch.stack([self.to_shapes(pose) for pose in poses]), steps)[0])
 
+    def energy(self, poses: Tensor) -> Tensor:
+        """The energy (H,) of assemblies (H, P, 4, 4)."""
+        return self.exact.energy(torch.stack([self.to_shapes(pose) for pose in poses]))
+
     def _propose(self) -> None:
         config = self.config
         span = float((self.template.points.amax(0) - self.template.points.amin(0)).max())

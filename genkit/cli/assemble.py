@@ -51,7 +51,7 @@ def assemble(
         option(_WHAT, "Of the reference's lengths, with --units.", show_default="the parts', or others if it is far larger"),
     ] = None,
     hypotheses: Annotated[int, option(_HOW, "Assemblies that are kept.", min=1)] = 16,
-    templates: Annotated[int, option(_HOW, "Samples of the model to assemble on.", min=1)] = 8,
+    templates: Annotated[int, option(_HOW, "Samples of the model to assemble on.", min=1)] = 16,
     refine: Annotated[
         int | None, option(_HOW, "Steps of refinement.", min=1, show_default="none after a search, 60 from kept poses")
     ] = None,
@@ -95,6 +95,8 @@ def assemble(
             metres(units)
         if reference_units is not None and units is None:
             raise ValueError(f"--reference-units {reference_units} says nothing without the parts' own. Give --units too.")
+        if reference is not None and category is not None:
+            raise ValueError(f"--category {category} says nothing where --reference shows the whole. Leave one of them out.")
         factor = 1.0 if reference_units is None else metres(reference_units) / metres(units or "")
         group = read_parts(parts, truth=truth != "no", allow_pickle=allow_pickle, seed=seed)
         if truth == "auto" and group.poses is not None and not held_together(group):

@@ -302,6 +302,7 @@ def test_bad_references_are_refused(tmp_path: Path, kind: str) -> None:
         (("--units", "inch"), "Unknown unit 'inch'"),
         (("--units", "m", "--reference-units", "mn"), "Unknown unit 'mn'"),
         (("--reference-units", "mm"), "Give --units too"),
+        (("--category", "chair"), "says nothing where --reference"),
         (("--protocol", "strikt"), "Did you mean 'strict'"),
         (("--truth", "perhaps"), "Unknown truth 'perhaps'"),
     ],

@@ -144,11 +144,27 @@ def test_templates_come_from_the_model_and_are_cut_to_the_parts_scale(parts: Par
     cloud = ((scan - scan.mean(0)) / scan.std()).float()
     pipe = planted(cloud)
     clouds = pipe.generate_templates(2, "chair", steps=4)
-    assert torch.allclose(clouds[0], cloud, atol=1e-3)
+    assert torch.allclose(clouds[0], cloud[:2048], atol=1e-3)
     assert torch.equal(pipe.generate_templates(1, "chair", steps=4)[0], clouds[0])
     out = pipe(parts, category="chair", num_templates=1, num_hypotheses=2, template_steps=4, search=QUICK)
     assert evaluate(out.poses, _centred(parts))["part_accuracy"] >= 0.5
     assert out.scale[0] == pytest.approx(float(parts.unit / scan.std()), rel=0.1)
+
+
+def test_what_the_model_imagines_is_ranked_by_what_it_and_common_sense_say(parts: PartSet, scan: Tensor) -> None:
+    pipe = planted(((scan - scan.mean(0)) / scan.std()).float())
+    told: list[tuple[str, float]] = []
+    out = pipe(
+        parts, category="chair", num_templates=2, num_hypotheses=3, template_steps=4, search=QUICK,
+        on_stage=lambda name, share: told.append((name, share)),
+    )  # fmt: skip
+    assert {"surprise", "overlap", "gap"} <= set(out.scores)
+    assert torch.equal(out.scores["score"], out.scores["score"].sort().values)
+    middle = (parts.areas.double()[:, None] * out.points[0].mean(1)).sum(0)
+    assert middle.abs().max() < 1e-6  # the centroid of the surface is where a model's clouds have it
+    shares = [share for _, share in told]
+    assert shares == sorted(shares)
+    assert {"imagine", "select", "rank"} <= {name for name, _ in told}
 
 
 def _centred(parts: PartSet) -> PartSet:
@@ -172,9 +188,10 @@ def test_pieces_of_an_assembly_are_counted(parts: PartSet) -> None:
 
 
 def test_what_ties_is_ambiguous_and_what_is_bare_is_poor() -> None:
-    scores = {"energy": torch.tensor([1.0, 1.04, 1.2]), "coverage": torch.tensor([0.97] * 3), "fit": torch.tensor([0.99] * 3)}
+    energy = torch.tensor([1.0, 1.04, 1.2])
+    scores = {"score": energy + 7, "energy": energy, "coverage": torch.full((3,), 0.97), "fit": torch.full((3,), 0.99)}
     assert (verdict(scores).word, verdict(scores).tied) == ("ambiguous", 2)
-    assert verdict({**scores, "energy": torch.tensor([1.0, 1.06, 1.2])}).word == "clear"
+    assert verdict({**scores, "score": torch.tensor([8.0, 8.06, 8.2])}).word == "clear"
     assert verdict({**scores, "coverage": torch.tensor([0.7] * 3)}).word == "poor"
 
 

@@ -91,7 +91,7 @@ def train(
     config = config if steps is None else dataclasses.replace(config, steps=steps)
     clouds, held = furniture_clouds("train", shapes, folder / "training"), furniture_clouds("val", HELD, folder / "training")
     torch.manual_seed(config.seed)
-    model = PointSetTransformer(list(CATEGORIES), **network)
+    model = PointSetTransformer(list(CATEGORIES), sample_size=POINTS, **network)
 
     def loss(model: Any, generator: torch.Generator, step: int) -> Tensor:
         labels = torch.randint(len(CATEGORIES), (config.batch_size,), generator=generator)

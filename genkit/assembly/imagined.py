@@ -1,0 +1,154 @@
+"""Templates without a reference: what a diffusion model imagines of some parts, and what it makes of their assembly, in turn.
+
+    S_0 = a sample of the category,    g_r = search(S_r),    S_{r+1} = D(Y(g_r); h_r),    h falling
+
+D noises the assembly to the level h and denoises it (SDEdit: Meng et al. 2021, arXiv 2108.01073): it has the parts' own sizes, and
+what is impossible about it goes. Assemblies are compared by
+
+    F(g) = E(g; S) + 0.02 surprise(g) + 0.05 overlap(g) + 0.01 gap(g)
+
+E is the search's energy; surprise the model's error at low noise, |eps - eps_theta|^2, on the same noise for all; the other two
+are those of `genkit.assembly.plausible`. A network that sees the whole set draws the middle of its category where it is given
+many more points than it was trained on, since their noise averages out; with as many as it was trained on, clouds differ as
+furniture does. Half of the samples are of each kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from genkit.assembly.nearest_grid import Surface
+from genkit.assembly.parts import PartSet
+from genkit.assembly.plausible import gap, overlap, pulled
+from genkit.assembly.point_model import PointModel
+from genkit.assembly.rigid import transform
+from genkit.assembly.search import Search, SearchConfig
+from genkit.assembly.surfaces import part_surface, template_surface
+from genkit.noise import mix
+
+POINTS = 2048  # of a cloud
+ROUNDS = (0.7, 0.35)  # h of each
+FINAL = 0.35
+SURPRISE, OVERLAP, GAP = 0.02, 0.05, 0.01
+QUICK = SearchConfig(
+    candidates=64, rotations=64, voxel=0.06, starts=8, beam=4, rounds=1, renewed=1, exchanges=2, coarse=384, fine=512, last=2048,
+    resolution=64,
+)  # fmt: skip
+
+
+class Opinion:
+    """What a model and common sense say of assemblies of some parts.
+
+    Args:
+        category: that the model is told.
+        deviation: standard deviation of the model's clouds, over points and axes together.
+
+    Example:
+        >>> Opinion(parts, model, "chair").scores(pose)["surprise"]
+    """
+
+    def __init__(self, parts: PartSet, model: PointModel, category: str | int | None, deviation: float = 1.0) -> None:
+        self.parts, self.model, self.category, self.deviation = parts, model, category, deviation
+        self.surfaces = [part_surface(parts, i) for i in range(len(parts))]
+
+    def cloud(self, pose: Tensor, count: int, seed: int) -> tuple[Tensor, float]:
+        """Area-uniform samples (count, 3) of an assembly (P, 4, 4) as the model knows clouds, and their scale."""
+        generator = torch.Generator().manual_seed(mix(seed, 5))
+        owner = torch.multinomial(self.parts.areas / self.parts.areas.sum(), count, replacement=True, generator=generator)
+        rows = torch.randint(self.parts.points.shape[1], (count,), generator=generator)
+        y = transform(self.parts.points.double(), pose.double())[owner, rows].float()
+        centre = y.mean(0)
+        scale = self.deviation / float((y - centre).square().mean().sqrt())
+        return (y - centre) * scale, scale
+
+    def scores(self, pose: Tensor) -> dict[str, float]:
+        """`surprise`, `overlap` and `gap` of an assembly (P, 4, 4) in units."""
+        size = getattr(self.model.denoiser.config, "sample_size", POINTS)
+        clouds = torch.stack([self.cloud(pose, size, seed)[0] for seed in (0, 1)])
+        surprise = self.model.surprise(clouds, self.category)
+        return {"surprise": surprise, "overlap": overlap(self.parts, self.surfaces, pose), "gap": gap(self.parts, pose)}
+
+    def total(self, energy: float, scores: dict[str, float]) -> float:
+        """F of an assembly."""
+        return energy + SURPRISE * scores["surprise"] + OVERLAP * scores["overlap"] + GAP * scores["gap"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Idea:
+    template: Surface
+    scale: float
+    pose: Tensor
+    total: float
+
+
+def samples(model: PointModel, count: int, category: str | int | None, *, steps: int, seed: int) -> Tensor:
+    """Clouds (count, 2048, 3) of a category, every other one drawn with as many points as the model was trained on."""
+    size = getattr(model.denoiser.config, "sample_size", None)
+    if size is None or size >= POINTS or count == 1:
+        return model.generate(count, category, points=POINTS, steps=steps, seed=seed)
+    middle = model.generate(-(-count // 2), category, points=POINTS, steps=steps, seed=seed)
+    few = model.generate(count // 2, category, points=size, steps=steps, seed=mix(seed, 6))
+    many = [
+        model.renewed(cloud.repeat(-(-POINTS // size), 1)[None, :POINTS], FINAL, category, seed=mix(seed, i))[0]
+        for i, cloud in enumerate(few)
+    ]
+    clouds = torch.empty(count, POINTS, 3)
+    clouds[0::2], clouds[1::2] = middle, torch.stack(many)
+    return clouds
+
+
+def imagine(
+    parts: PartSet,
+    opinion: Opinion,
+    templates: list[tuple[Surface, float, Tensor]],
+    *,
+    seed: int = 0,
+    keep: int = 4,
+    on_stage: Callable[[str, float], None] | None = None,
+) -> list[tuple[Surface, float, Tensor]]:
+    """Templates of the parts, best first, at most `keep`: surfaces in units, the scale to the model's lengths, and the centre.
+
+    Args:
+        templates: samples of the model, as this returns them; in each round the better half goes on.
+    """
+    tell = on_stage or (lambda name, share: None)
+    total = len(templates) + sum(min(len(templates), max(keep, len(templates) >> r + 1)) for r in range(len(ROUNDS)))
+    done = 0
+
+    def idea(template: Surface, scale: float, number: int) -> _Idea:
+        nonlocal done
+        tell("imagine", done / total)
+        done += 1
+        search = Search(parts, template, QUICK, seed=mix(seed, number))
+        poses = both(parts, search.run(1)[0])
+        totals = [opinion.total(float(e), opinion.scores(pose)) for e, pose in zip(search.energy(poses), poses, strict=True)]
+        least = min(range(len(poses)), key=totals.__getitem__)
+        return _Idea(template, scale, poses[least], totals[least])
+
+    ideas = [idea(template, scale, k) for k, (template, scale, _) in enumerate(templates)]
+    if hasattr(opinion.model.denoiser, "draw"):  # it knows a shape by a latent, so it cannot be asked what it makes of another
+        return [(idea.template, idea.scale, torch.zeros(3)) for idea in _best(ideas, keep)]
+    for r, h in enumerate(ROUNDS):
+        ideas = _best(ideas, max(keep, len(ideas) // 2))
+        ideas = [idea(*renewed(opinion, one.pose, h, mix(seed, r)), len(templates) + k) for k, one in enumerate(ideas)]
+    found = [renewed(opinion, one.pose, FINAL, mix(seed, len(ROUNDS)), 2 * POINTS) for one in _best(ideas, keep)]
+    return [(template, scale, torch.zeros(3)) for template, scale in found]
+
+
+def both(parts: PartSet, poses: Tensor) -> Tensor:
+    """Assemblies (H, P, 4, 4) as they are, and with what nearly touches brought into contact, (2 H, P, 4, 4)."""
+    return torch.cat([poses, torch.stack([pulled(parts, pose) for pose in poses])])
+
+
+def renewed(opinion: Opinion, pose: Tensor, h: float, seed: int, points: int = POINTS) -> tuple[Surface, float]:
+    """What the model makes of an assembly (P, 4, 4), in units, centred, and its scale."""
+    cloud, scale = opinion.cloud(pose, points, seed)
+    return template_surface(opinion.model.renewed(cloud[None], h, opinion.category, seed=seed)[0], scale=scale), scale
+
+
+def _best(ideas: list[_Idea], count: int) -> list[_Idea]:
+    return sorted(ideas, key=lambda idea: idea.total)[:count]
