@@ -162,9 +162,9 @@ class PartAssemblyPipeline(DiffusionPipeline):
         if reference is not None:
             templates = self._reference(parts, reference, estimate_scale)
         else:
-            clouds = self.generate_templates(num_templates, category, steps=template_steps, seed=seed)
-            opinion = Opinion(parts, self._model(), category, float(clouds.square().mean().sqrt()))
-            templates = [_of_area(parts, cloud) for cloud in clouds]
+            drawn = self.generate_templates(num_templates, category, steps=template_steps, seed=seed)
+            opinion = Opinion(parts, self._model(), category, float(drawn.square().mean().sqrt()))
+            templates = [_of_area(parts, cloud) for cloud in drawn]
             if init == "random":
                 templates = templates[:num_hypotheses]
             if init == "search":
