@@ -49,10 +49,16 @@ class Task(NamedTuple):
 
 
 def of_pictures(folder: Path) -> Finished:
-    """PNGs, all that are visible; the side-car, which is written last, must be JSON of it."""
+    """PNGs with their side-cars, which must be JSON; a PNG without one, which is written last, is whole, and is made again."""
+    from PIL import Image
+
     found: Finished = {}
     for file in folder.glob("*.png"):
-        found[file.name] = (_digest(file), _identity(file))
+        if file.with_suffix(".json").exists():
+            found[file.name] = (_digest(file), _identity(file))
+        else:
+            with Image.open(file) as image:
+                image.verify()
     for file in folder.glob("*.json"):
         found[file.name] = (json.loads(file.read_text())["hash"], _identity(file))
     return found
