@@ -134,8 +134,8 @@ def imagine(
         return [(idea.template, idea.scale, torch.zeros(3)) for idea in _best(ideas, keep)]
     for r, h in enumerate(ROUNDS):
         ideas = _best(ideas, max(keep, len(ideas) // 2))
-        ideas = [idea(*renewed(opinion, one.pose, h, mix(seed, r)), len(templates) + k) for k, one in enumerate(ideas)]
-    found = [renewed(opinion, one.pose, FINAL, mix(seed, len(ROUNDS)), 2 * POINTS) for one in _best(ideas, keep)]
+        ideas = [idea(*_renewed(opinion, one.pose, h, mix(seed, r)), len(templates) + k) for k, one in enumerate(ideas)]
+    found = [_renewed(opinion, one.pose, FINAL, mix(seed, len(ROUNDS)), 2 * POINTS) for one in _best(ideas, keep)]
     return [(template, scale, torch.zeros(3)) for template, scale in found]
 
 
@@ -144,7 +144,7 @@ def both(parts: PartSet, poses: Tensor) -> Tensor:
     return torch.cat([poses, torch.stack([pulled(parts, pose) for pose in poses])])
 
 
-def renewed(opinion: Opinion, pose: Tensor, h: float, seed: int, points: int = POINTS) -> tuple[Surface, float]:
+def _renewed(opinion: Opinion, pose: Tensor, h: float, seed: int, points: int = POINTS) -> tuple[Surface, float]:
     """What the model makes of an assembly (P, 4, 4), in units, centred, and its scale."""
     cloud, scale = opinion.cloud(pose, points, seed)
     return template_surface(opinion.model.renewed(cloud[None], h, opinion.category, seed=seed)[0], scale=scale), scale
