@@ -343,20 +343,12 @@ def _ranked(
             first[i] = rows[0]
     poses = poses[best]
     if centre:
-        poses = _centred(parts, poses)
+        poses = parts.centred(poses)
     motions, points = parts.to_input(poses), transform(parts.points.double(), poses)
     return PartAssemblyOutput(
         poses=_unsorted(poses, order, 1), motions=_unsorted(motions, order, 1), points=_unsorted(points, order, 1),
         scale=scale[best], scores=scores, template_ids=templates[best], equivalence=first, verdict=sure,
     )  # fmt: skip
-
-
-def _centred(parts: PartSet, poses: Tensor) -> Tensor:
-    """Poses (H, P, 4, 4) with the centroid of the surface at the origin, where a model's clouds have it."""
-    middles = transform(parts.points.double(), poses).mean(-2)
-    poses = poses.clone()
-    poses[..., :3, 3] -= ((parts.areas.double()[:, None] * middles).sum(1) / parts.areas.double().sum())[:, None]
-    return poses
 
 
 def _unsorted(values: Tensor, order: list[int], axis: int) -> Tensor:

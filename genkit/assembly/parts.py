@@ -20,7 +20,7 @@ from torch import Tensor
 
 from genkit.assembly.equivalence import geometry_classes
 from genkit.assembly.nearest_grid import Surface
-from genkit.assembly.rigid import invert, pose_matrix, random_rotations
+from genkit.assembly.rigid import invert, pose_matrix, random_rotations, transform
 from genkit.noise import mix
 
 if TYPE_CHECKING:
@@ -180,6 +180,14 @@ class PartSet:
             points=torch.from_numpy(np.array(clouds)).float(), extents=boxes.float(), areas=torch.tensor(areas,
             dtype=torch.float32), names=names, frames=rigid, unit=unit, poses=rigid if truth else None, **fields,
         )  # fmt: skip
+
+    def centred(self, poses: Tensor) -> Tensor:
+        """Poses (..., P, 4, 4), float64, with the centroid of the whole surface at the origin, where a model's clouds have it."""
+        poses = poses.double().clone()
+        middles = transform(self.points.double(), poses).mean(-2)
+        shares = self.areas.double() / self.areas.double().sum()
+        poses[..., :3, 3] -= (shares[:, None] * middles).sum(-2, keepdim=True)
+        return poses
 
     def to_input(self, poses: Tensor) -> Tensor:
         """Motions (..., P, 4, 4) of the parts as they came, in lengths of the input, for poses (..., P, 4, 4) in units."""

@@ -64,9 +64,4 @@ def reference_cloud(parts: PartSet, points: int = 8192, seed: int = 0) -> Tensor
 
 def centred(parts: PartSet) -> PartSet:
     """The same parts, the truth moved so that the centroid of the surface is at the origin, where a model's clouds have it."""
-    if parts.poses is None:
-        return parts
-    middles = transform(parts.points.double(), parts.poses.double()).mean(1)
-    poses = parts.poses.double().clone()
-    poses[:, :3, 3] -= (parts.areas.double()[:, None] * middles).sum(0) / parts.areas.double().sum()
-    return dataclasses.replace(parts, poses=poses)
+    return parts if parts.poses is None else dataclasses.replace(parts, poses=parts.centred(parts.poses))
