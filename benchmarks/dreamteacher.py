@@ -1,6 +1,6 @@
 """What DreamTeacher gives a ResNet-18 on digits: linear probes, fine-tuning, segmentation with few labels; and what a step costs.
 
-    python benchmarks/dreamteacher.py [--work DIR] [--only step,pretrain,probe,...] [--draws 3] [--threads 2]
+    python benchmarks/dreamteacher.py [--work DIR] [--only step,pretrain,probe,...] [--draws 3] [--threads 2] [--device cuda]
     python benchmarks/dreamteacher.py --sweep t=(30,) t=(250,) attention=0.0 mse=0.0 regressor=fpn encoding=ddim whitening=c
 
 The backbones are pretrained on the training digits without labels (16,000 pictures of 4,000 handwritten digits), or with 40:
@@ -14,6 +14,7 @@ Labels are those of 1 %, 10 % and 100 % of the 4,000 digits, drawn `--draws` tim
 ridge regression on the pooled levels of the frozen backbone. Fine-tuning trains everything; all have the same augmentation, steps
 and learning rate. Segmentation tells for each pixel paper from ten digits. A row is written as soon as it is there, and an
 interrupted run goes on where it stopped. `--sweep` pretrains with one setting changed at a time, for fewer steps, and probes.
+Several processes can share the work, each with its own `--contenders`, `--work` and `--out`; `--merge` puts their rows together.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ import argparse
 import ast
 import dataclasses
 import json
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from clock import machine
 from label_efficiency import label_rows, measure, pooled, probe_accuracy, simclr, tuned
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from genkit.data.source import open_source
+from genkit.data.source import ImageSource, open_source
 from genkit.denoisers import Denoiser
 from genkit.distill import DreamTeacher, DreamTeacherConfig
 from genkit.distill.dreamteacher_data import labels_of
@@ -49,8 +50,13 @@ from genkit.training import TrainConfig
 
 COUNTS = {"1 %": 40, "10 %": 400, "100 %": 4000}
 TASKS = {"classification": "accuracy", "segmentation": "miou"}
+KINDS = "step,pretrain,probe,classification,segmentation"
 CONTENDERS = ("random", "features", "mix-classes", "mix-masks", "simclr", "simclr-time")
 MIXES = {"mix-classes": "classification", "mix-masks": "segmentation"}
+TUNED = [
+    ("segmentation", "1 %"), ("classification", "10 %"), ("classification", "1 %"), ("segmentation", "10 %"),
+    ("classification", "100 %"), ("segmentation", "100 %"),
+]  # fmt: skip
 STEPS = {"1 %": 300, "10 %": 400, "100 %": 800}
 TUNE = TrainConfig(steps=1, batch_size=40, lr=1e-3, warmup=20, weight_decay=0.05, ema_decay=0.0, checkpoint_seconds=600)
 
@@ -63,30 +69,40 @@ class Bench:
         work: folder of runs.
         draws: of labels.
         config: of the pretraining.
+        device: of everything.
+        contenders: those that are measured.
+        time_steps: of "simclr-time", where it is known how many there are time for.
+        short: how many times shorter fine-tuning is, for a try.
     """
 
-    def __init__(self, out: Path, work: Path, draws: int, config: DreamTeacherConfig) -> None:
-        self.out, self.work, self.draws, self.config = out, work, draws, config
+    def __init__(
+        self, out: Path, work: Path, draws: int, config: DreamTeacherConfig, *, device: str = "cpu",
+        contenders: Sequence[str] = CONTENDERS, time_steps: int | None = None, short: int = 1,
+    ) -> None:  # fmt: skip
+        self.out, self.work, self.draws, self.config, self.device = out, work, draws, config, device
+        self.contenders, self.time_steps, self.short = contenders, time_steps, short
         self.rows: dict[str, Any] = json.loads(out.read_text()).get("rows", {}) if out.exists() else {}
-        self.train, self.test = open_source("digits", 4000), open_source("digits-test", 1000)
+        self.train, self.test = self._source("digits", 4000), self._source("digits-test", 1000)
         self._backbones: dict[str, Backbone] = {}
+
+    def _source(self, name: str, count: int | None = None) -> ImageSource:
+        """Digits; all in memory where a GPU would wait for a CPU to scale them."""
+        source, side = open_source(name, count), self.config.size or 32
+        return source if self.device == "cpu" else source.held((side, side), self.device)
 
     def row(self, name: str, make: Callable[[], Any]) -> Any:
         """A row that is there, or is made now."""
         if name not in self.rows:
             began = time.monotonic()
             self.rows[name] = {**make(), "row_seconds": round(time.monotonic() - began, 1)}
-            machine = {"device": f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__}
-            document = {"machine": machine | {"python": platform.python_version()}, "config": self.config.to_json()}
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.out, (json.dumps({**document, "rows": self.rows}, indent=2) + "\n").encode())
+            write(self.out, {"machine": machine(self.device), "config": self.config.to_json(), "rows": self.rows})
             print(name, json.dumps(self.rows[name])[:200], flush=True)
         return self.rows[name]
 
     def backbone(self, name: str) -> Backbone:
         """A contender's weights, pretrained if they are not there."""
         if name not in self._backbones:
-            self._backbones[name] = self._pretrained(name)
+            self._backbones[name] = self._pretrained(name).to(self.device)
         return self._backbones[name].eval()
 
     def _fresh(self) -> Backbone:
@@ -100,14 +116,16 @@ class Bench:
             return self._fresh()
         if name.startswith("simclr"):
             steps = config.train.steps
-            if name == "simclr-time":
+            if name == "simclr-time" and self.time_steps:
+                steps = self.time_steps
+            elif name == "simclr-time":
                 seconds = {key: self.row(f"pretrain {key}", lambda key=key: self.pretrain(key)) for key in ("features", "simclr")}
                 steps = round(steps * seconds["features"]["seconds"] / seconds["simclr"]["seconds"])
             loop = dataclasses.replace(config.train, steps=steps, lr=1e-3)
-            return simclr(self._fresh(), open_source("digits"), loop, folder)
+            return simclr(self._fresh(), self._source("digits"), loop, folder, self.device)
         if name in MIXES:
             config = dataclasses.replace(config, label=1.0, task=MIXES[name], labelled=40)
-        return distilled(config, folder).backbone
+        return distilled(config, folder, self.device).backbone
 
     def pretrain(self, name: str) -> dict[str, float]:
         """Seconds of a contender's pretraining, as its log has them (over interruptions), and the last loss."""
@@ -139,7 +157,7 @@ class Bench:
     def tune(self, name: str, task: str, key: str, draw: int) -> dict[str, Any]:
         """Figures of a contender, fine-tuned on a draw of labels."""
         rows = label_rows(self.train, COUNTS[key], draw, task)
-        config = dataclasses.replace(TUNE, steps=STEPS[key], seed=draw)
+        config = dataclasses.replace(TUNE, steps=STEPS[key] // self.short, seed=draw)
         folder = self.work / "tuned" / f"{name}-{task}-{COUNTS[key]}-{draw}"
         figures = measure(tuned(self.backbone(name), task, self.train, rows, config, folder), task, self.test)
         (folder / "checkpoint.pt").unlink()  # the row is what is kept
@@ -148,18 +166,17 @@ class Bench:
     def run(self, only: list[str]) -> None:
         """All rows of the kinds in `only`, the ones that matter most first."""
         if "step" in only:
-            self.row("step", adm_step)
-            self.row("step, digits", lambda: digits_step(self.config))
-        for name in CONTENDERS:
+            self.row("step", lambda: adm_step(self.device))
+            self.row("step, digits", lambda: digits_step(self.config, self.device))
+        for name in self.contenders:
             if "pretrain" in only:
                 self.row(f"pretrain {name}", lambda name=name: self.pretrain(name))
             if "probe" in only:
                 self.row(f"probe {name}", lambda name=name: self.probe(name))
-        for draw in range(self.draws):
-            for key in COUNTS:
-                for task in TASKS:
-                    for name in CONTENDERS if task in only and (draw == 0 or COUNTS[key] < 4000) else ():
-                        self.row(f"{task} {name} {key} {draw}", lambda a=(name, task, key, draw): self.tune(*a))
+        for task, key in TUNED:
+            for draw in range(self.draws if COUNTS[key] < 4000 else 1):
+                for name in self.contenders if task in only else ():
+                    self.row(f"{task} {name} {key} {draw}", lambda a=(name, task, key, draw): self.tune(*a))
 
     def sweep(self, changes: list[str], steps: int) -> None:
         """A probe for each change of one setting, and without any."""
@@ -170,7 +187,8 @@ class Bench:
             label = f"sweep {steps} {change or 'as it is'}"
 
             def probed(config: DreamTeacherConfig = config, label: str = label) -> dict[str, Any]:
-                self._backbones[label] = distilled(config, self.work / label.replace("/", "-")).backbone
+                folder = self.work / label.replace("/", "-")
+                self._backbones[label] = distilled(config, folder, self.device).backbone
                 return self.probe(label)
 
             self.row(label, probed)
@@ -184,9 +202,30 @@ def literal(value: str) -> Any:
         return value
 
 
-def distilled(config: DreamTeacherConfig, folder: Path) -> DreamStudent:
+def write(out: Path, document: dict[str, Any]) -> None:
+    """Write a result."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def merge(files: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Put the rows of several results, made with one configuration, together with those of `out`; returns the rows."""
+    parts = [json.loads(file.read_text()) for file in ([out] if out.exists() else []) + [file for file in files if file != out]]
+    if any(part["config"] != parts[0]["config"] for part in parts):
+        raise ValueError("The results were made with different configurations.")
+    machines: list[dict[str, str]] = []
+    for part in parts:
+        machines += [m for m in (part["machine"] if isinstance(part["machine"], list) else [part["machine"]]) if m not in machines]
+        for row in part["rows"].values():
+            row.setdefault("device", part["machine"]["device"] if isinstance(part["machine"], dict) else None)
+    rows = {name: row for part in parts for name, row in part["rows"].items()}
+    write(out, {"machine": machines, "config": parts[0]["config"], "rows": rows})
+    return rows
+
+
+def distilled(config: DreamTeacherConfig, folder: Path, device: str) -> DreamStudent:
     """A student of `digits`."""
-    denoiser = load("digits").denoiser
+    denoiser = load("digits", device=device).denoiser
     return DreamTeacher(denoiser, open_source("digits"), config, folder).fit(resume=True).eval()
 
 
@@ -196,22 +235,32 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def steps_in_turn(
-    passes: dict[str, Callable[[], dict[str, Tensor]]], student: DreamStudent, side: int, rounds: int
+    passes: dict[str, Callable[[], dict[str, Tensor]]], student: DreamStudent, side: int, rounds: int, device: str
 ) -> dict[str, Any]:
     """Median seconds of a training step with each teacher, in turn, and the ratio of the first to the second."""
+    student = student.to(device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-    pictures = torch.randn(len(next(iter(next(iter(passes.values()))().values()))), 3, side, side)
+    pictures = torch.randn(len(next(iter(next(iter(passes.values()))().values()))), 3, side, side, device=device)
+    kind = torch.device(device).type
     times: dict[str, list[float]] = {name: [] for name in passes}
+
+    def step(teach: Callable[[], dict[str, Tensor]]) -> None:
+        teacher = teach()
+        with torch.autocast(kind, torch.bfloat16):
+            found, _ = student(pictures)
+        loss = torch.stack([(found[key].float() - value).square().mean() for key, value in teacher.items()]).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if kind == "cuda":
+            torch.cuda.synchronize()
+
+    for teach in passes.values():
+        step(teach)  # the first of each compiles, chooses and allocates
     for _ in range(rounds):
         for name, teach in passes.items():
             began = time.perf_counter()
-            teacher = teach()
-            with torch.autocast("cpu", torch.bfloat16):
-                found, _ = student(pictures)
-            loss = torch.stack([(found[key].float() - value).square().mean() for key, value in teacher.items()]).sum()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            step(teach)
             times[name].append(time.perf_counter() - began)
     median = {name: statistics.median(values) for name, values in times.items()}
     first, second = median.values()
@@ -220,34 +269,38 @@ def steps_in_turn(
 
 def teachers(denoiser: Denoiser, taps: list[str], t: int, batch: int) -> dict[str, Callable[[], dict[str, Tensor]]]:
     """The teacher as it trains, and the whole pass in float32."""
-    x0 = torch.randn(batch, *denoiser.latent_shape(None, None))
+    x0 = torch.randn(batch, *denoiser.latent_shape(None, None), device=denoiser.device)
     fast, slow = TeacherLevels(denoiser, taps, [t], bf16=True), FeatureExtractor(denoiser, taps, t=t, early_exit=False)
     return {"early exit, bf16": lambda: fast(x0), "full pass, fp32": lambda: slow(latents=x0)}
 
 
-def adm_step(rounds: int = 5, width: int = 64, batch: int = 2) -> dict[str, Any]:
-    """A step of a ResNet-18 at 256 pixels with a teacher of ADM-256's layout and a quarter of its width, random weights."""
-    network = diffusers.UNet2DModel(
-        sample_size=256, out_channels=6, block_out_channels=tuple(width * k for k in (1, 1, 2, 2, 4, 4)), layers_per_block=2,
-        attention_head_dim=64, downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift",
-        down_block_types=("DownBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
-        up_block_types=("AttnUpBlock2D",) * 3 + ("UpBlock2D",) * 3,
-    )  # fmt: skip
-    denoiser = Denoiser.of(diffusers.DDPMPipeline(network.eval().requires_grad_(False), diffusers.DDPMScheduler()))
+def adm_step(device: str) -> dict[str, Any]:
+    """A step of a ResNet-18 at 256 pixels with a teacher of ADM-256's layout, random weights; on a CPU a quarter of its width."""
+    gpu = torch.device(device).type == "cuda"
+    width, batch, rounds = (256, 16, 15) if gpu else (64, 2, 5)
+    with torch.device(device):
+        network = diffusers.UNet2DModel(
+            sample_size=256, out_channels=6, block_out_channels=tuple(width * k for k in (1, 1, 2, 2, 4, 4)), layers_per_block=2,
+            attention_head_dim=64, downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift",
+            down_block_types=("DownBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
+            up_block_types=("AttnUpBlock2D",) * 3 + ("UpBlock2D",) * 3,
+        )  # fmt: skip
+    pipe = diffusers.DDPMPipeline(network.eval().requires_grad_(False), diffusers.DDPMScheduler()).to(device)
+    denoiser = Denoiser.of(pipe)
     backbone = Backbone(create_backbone("resnet18", (256, 256)), (256, 256))
     taps = decoder_taps(denoiser, [(h, w) for _, h, w in backbone.levels])
     passes = teachers(denoiser, taps, 50, batch)
     student = DreamStudent(backbone, TeacherLevels(denoiser, taps).shapes)
-    return steps_in_turn(passes, student, 256, rounds) | {"width": width, "batch": batch}
+    return steps_in_turn(passes, student, 256, rounds, device) | {"width": width, "batch": batch}
 
 
-def digits_step(config: DreamTeacherConfig, rounds: int = 9) -> dict[str, Any]:
+def digits_step(config: DreamTeacherConfig, device: str, rounds: int = 9) -> dict[str, Any]:
     """A step of the pretraining on digits, where the student costs more than the teacher."""
-    side, denoiser = config.size or 32, load("digits").denoiser
+    side, denoiser = config.size or 32, load("digits", device=device).denoiser
     passes = teachers(denoiser, [str(tap) for tap in config.taps], config.t[0], config.train.batch_size)
     backbone = Backbone(create_backbone(config.backbone, (side, side)), (side, side))
     student = DreamStudent(backbone, TeacherLevels(denoiser, config.taps).shapes, width=config.width)
-    return steps_in_turn(passes, student, side, rounds)
+    return steps_in_turn(passes, student, side, rounds, device)
 
 
 def report(rows: dict[str, Any], draws: int) -> None:
@@ -282,21 +335,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("dreamteacher"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/dreamteacher.json"))
-    parser.add_argument("--only", default="step,pretrain,probe,classification,segmentation", help="kinds of rows")
+    parser.add_argument("--only", help="kinds of rows: step,pretrain,probe,classification,segmentation; all but for a sweep")
     parser.add_argument("--draws", type=int, default=3, help="of labels")
     parser.add_argument("--steps", type=int, help="of the pretraining")
     parser.add_argument("--size", type=int, help="side of the backbone's pictures")
     parser.add_argument("--sweep", nargs="*", default=[], metavar="NAME=VALUE", help="settings to change, one at a time")
     parser.add_argument("--sweep-steps", type=int, default=300)
+    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--time-steps", type=int, help="of simclr-time; by default as the times of the other two have it")
+    parser.add_argument("--short", type=int, default=1, help="divides the steps of fine-tuning, for a try")
+    parser.add_argument("--merge", type=Path, nargs="+", help="results whose rows go into --out, instead of measuring")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    if arguments.merge:
+        report(merge(arguments.merge, arguments.out), arguments.draws)
+        return
     torch.set_num_threads(arguments.threads)
     config = DreamTeacherConfig.preset("digits", teacher="digits", steps=arguments.steps, size=arguments.size)
-    bench = Bench(arguments.out, arguments.work, arguments.draws, config)
+    bench = Bench(
+        arguments.out, arguments.work, arguments.draws, config, device=arguments.device,
+        contenders=arguments.contenders.split(","), time_steps=arguments.time_steps, short=arguments.short,
+    )  # fmt: skip
+    if arguments.only or not arguments.sweep:
+        bench.run((arguments.only or KINDS).split(","))
     if arguments.sweep:
         bench.sweep(arguments.sweep, arguments.sweep_steps)
-    else:
-        bench.run(arguments.only.split(","))
     report(bench.rows, arguments.draws)
 
 

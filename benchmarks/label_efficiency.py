@@ -59,7 +59,7 @@ def moved(pictures: Tensor, masks: Tensor | None, generator: torch.Generator) ->
     unit = 2 * torch.rand(4, len(pictures), generator=generator) - 1
     angle, scale, shift = unit[0] * 10 * torch.pi / 180, 1 + 0.1 * unit[1], unit[2:] / 8
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
-    theta = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], 1).reshape(-1, 2, 3)
+    theta = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], 1).reshape(-1, 2, 3).to(pictures.device)
     grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
     pictures = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
     if masks is not None:
@@ -74,22 +74,22 @@ def view(pictures: Tensor, generator: torch.Generator) -> Tensor:
     scale = 1 - CROP * torch.rand(count, generator=generator)
     place = (2 * torch.rand(2, count, generator=generator) - 1) * (1 - scale)
     zero = torch.zeros(count)
-    theta = torch.stack([scale, zero, place[0], zero, scale, place[1]], 1).reshape(-1, 2, 3)
+    theta = torch.stack([scale, zero, place[0], zero, scale, place[1]], 1).reshape(-1, 2, 3).to(pictures.device)
     pictures = F.grid_sample(pictures, F.affine_grid(theta, list(pictures.shape), align_corners=False), align_corners=False)
     mix = torch.randn(count, 3, 3, generator=generator) * 0.7
     offset = 0.4 * torch.randn(count, 3, 1, 1, generator=generator)
-    return torch.einsum("bij,bjhw->bihw", mix, pictures) + offset
+    return torch.einsum("bij,bjhw->bihw", mix.to(pictures.device), pictures) + offset.to(pictures.device)
 
 
 def nt_xent(z: Tensor, temperature: float = 0.5) -> Tensor:
     """NT-Xent of projections (2 B, D), the views of picture i at i and B + i."""
     z = F.normalize(z.float(), dim=1)
-    logits = (z @ z.T / temperature).masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
-    partner = torch.arange(len(z)).roll(len(z) // 2)
+    logits = (z @ z.T / temperature).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+    partner = torch.arange(len(z), device=z.device).roll(len(z) // 2)
     return F.cross_entropy(logits, partner)
 
 
-def simclr(backbone: Backbone, source: ImageSource, config: TrainConfig, folder: Path) -> Backbone:
+def simclr(backbone: Backbone, source: ImageSource, config: TrainConfig, folder: Path, device: str = "cpu") -> Backbone:
     """Pretrain a backbone by SimCLR; the rows of a step are those of DreamTeacher's."""
     from genkit.distill.data import batch_rows
 
@@ -99,57 +99,67 @@ def simclr(backbone: Backbone, source: ImageSource, config: TrainConfig, folder:
     rows_of: Any = type("Rows", (), {"buckets": {(): range(len(source))}})()
 
     def loss(model: Any, generator: torch.Generator, step: int) -> Tensor:
-        pictures = source.images(batch_rows(rows_of, config.batch_size, config.seed, step), backbone.size)
+        pictures = source.images(batch_rows(rows_of, config.batch_size, config.seed, step), backbone.size).to(device)
         both = torch.cat([view(pictures, generator), view(pictures, generator)])
         return nt_xent(model["head"](model["backbone"](both)[-1].mean((2, 3))))
 
-    return fit(model, loss, config, folder, name="simclr", resume=True)["backbone"]
+    return fit(model, loss, config, folder, name="simclr", resume=True, device=device)["backbone"]
 
 
 @torch.no_grad()
 def pooled(backbone: Backbone, source: ImageSource, batch_size: int = 100) -> Tensor:
     """The pooled levels (N, D) of all rows: the mean of each, and of the last but one and the one before also 2 x 2 parts."""
     backbone.eval()
+    device = device_of(backbone)
     found = []
     for start in range(0, len(source), batch_size):
-        levels = backbone(source.images(range(start, min(start + batch_size, len(source))), backbone.size))
+        levels = backbone(source.images(range(start, min(start + batch_size, len(source))), backbone.size).to(device))
         parts = [level.mean((2, 3)) for level in levels] + [F.adaptive_avg_pool2d(level, 2).flatten(1) for level in levels[1:3]]
         found.append(torch.cat(parts, 1))
     return torch.cat(found)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are."""
+    return next(model.parameters()).device
+
+
 def probe_accuracy(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> float:
     """Held-out accuracy of ridge regression, its penalty cross-validated on the labels that there are."""
-    weight, bias, _ = fit_linear_probe(train, labels, CLASSES["classification"])
-    return ((test @ weight.T + bias).argmax(1) == truth).float().mean().item()
+    weight, bias, _ = fit_linear_probe(train, labels.to(train.device), CLASSES["classification"])
+    return ((test @ weight.T + bias).argmax(1).cpu() == truth).float().mean().item()
 
 
 def tuned(
     backbone: Backbone, task: str, source: ImageSource, rows: list[int], config: TrainConfig, folder: Path
 ) -> nn.Module:  # fmt: skip
-    """A copy of a backbone and a fresh head, both trained on some labelled rows."""
+    """A copy of a backbone and a fresh head, both trained on some labelled rows, where the backbone is."""
+    device = device_of(backbone)
     torch.manual_seed(config.seed)
     dense = task == "segmentation"
     model = (Segmenter if dense else Classifier)(copy.deepcopy(backbone))
     labels, _ = labels_of(source, rows, backbone.size, dense=dense)
+    labels = labels.to(device)
 
     def loss(model: Any, generator: torch.Generator, step: int) -> Tensor:
         chosen = torch.randint(len(rows), (config.batch_size,), generator=generator)
-        pictures = source.images([rows[i] for i in chosen.tolist()], backbone.size)
+        pictures = source.images([rows[i] for i in chosen.tolist()], backbone.size).to(device)
+        chosen = chosen.to(device)
         pictures, masks = moved(pictures, labels[chosen] if dense else None, generator)
         return label_loss(model(pictures).float(), labels[chosen] if masks is None else masks)
 
-    return fit(model, loss, config, folder, name=task, resume=True)
+    return fit(model, loss, config, folder, name=task, resume=True, device=str(device))
 
 
 @torch.no_grad()
 def measure(model: Any, task: str, source: ImageSource) -> dict[str, float]:
     """Accuracy of a classifier; mean intersection over union of a segmenter, over eleven classes and of ink alone."""
     model.eval()
+    device = device_of(model)
     hits, confusion = 0, torch.zeros(CLASSES["segmentation"], CLASSES["segmentation"], dtype=torch.long)
     for start in range(0, len(source), 100):
         rows = list(range(start, min(start + 100, len(source))))
-        found = model(source.images(rows, model.backbone.size))
+        found = model(source.images(rows, model.backbone.size).to(device)).float().cpu()
         if task == "classification":
             hits += int((found.argmax(1) == labels_of(source, rows, (1, 1), dense=False)[0]).sum())
         else:

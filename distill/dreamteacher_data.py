@@ -8,6 +8,7 @@ is what augments them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from genkit.features.probe import classes_of, targets_of
 from genkit.ranks import Ranks
 
 Size = tuple[int, int]
+HELD = 2**31  # bytes: pictures up to this size are held in a GPU's memory
 
 
 class Pictures:
@@ -95,6 +97,9 @@ class Pictures:
                 ranks=ranks or Ranks(), progress=progress or (lambda pictures: None),
             )  # fmt: skip
             self.latents = LatentDataset(cache)
+        device = denoiser.device
+        if device.type != "cpu" and 4 * 3 * math.prod(size) * len(self.source) <= HELD:
+            self.source = self.source.held(size, device)
 
     def __len__(self) -> int:
         return len(self.latents) if self.latents is not None else len(self.source or ())

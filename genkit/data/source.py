@@ -69,6 +69,21 @@ class ImageSource:
             contents=None if contents is None else lambda i: contents(rows[i]), **picked,
         )  # fmt: skip
 
+    def held(self, size: tuple[int, int], device: str | torch.device = "cpu") -> ImageSource:
+        """The source with all its pictures of one size (height, width) in a device's memory, which then are the same bit for bit.
+
+        Of other sizes they are made as before. For GPUs, which otherwise wait until a CPU has read and scaled each batch.
+        """
+        pictures = torch.cat([self.images(range(i, min(i + 256, len(self))), size).to(device) for i in range(0, len(self), 256)])
+        load = self.load
+
+        def find(rows: Sequence[int], wanted: tuple[int, int]) -> Tensor:
+            if tuple(wanted) != tuple(size):
+                return load(rows, wanted)
+            return pictures[torch.tensor(list(rows), device=pictures.device)]
+
+        return dataclasses.replace(self, load=find)
+
 
 def open_source(name: str | Path, count: int | None = None, *, masks: str | Path | None = None) -> ImageSource:
     """The source of a name: "digits" (the training digits), "digits-test" (the held-out ones), a folder of images, or FILE.npz.

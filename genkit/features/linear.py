@@ -32,7 +32,7 @@ def fit_linear(features: Tensor, labels: Tensor, num_classes: int, penalties: Se
     dual = width > count
     gram = z @ z.T if dual else z.T @ z
     right = y if dual else z.T @ y
-    diagonal = torch.eye(len(gram), dtype=gram.dtype)
+    diagonal = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     fits = []
     for penalty in penalties:
         # Not by Cholesky, which fails where rounding leaves correlated features with a negative eigenvalue.

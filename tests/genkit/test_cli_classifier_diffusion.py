@@ -20,6 +20,7 @@ from genkit.scoring import PairPlan, Scorer
 from genkit.training import TrainConfig
 from genkit.zoo.training import class_conditional
 from genkit.zoo.training.class_conditional import ClassConditionalConfig, load_vae, train_class_conditional
+from genkit.zoo.training.text_to_latent import TextToLatent, tokenize
 from genkit.zoo.training.tokenizer import class_tokenizer
 from tests import tiny
 from tests.processes import two_processes
@@ -181,7 +182,8 @@ def test_a_vae_that_is_nowhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"label_dropout": 1.0}, {"held_out": 0.0}, {"block_out_channels": ()}, {"block_out_channels": (0,)}]
+    "arguments",
+    [{"label_dropout": 1.0}, {"dropout": 1.0}, {"held_out": 0.0}, {"block_out_channels": ()}, {"block_out_channels": (0,)}],
 )
 def test_bad_settings(arguments: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
@@ -194,6 +196,16 @@ def test_class_names_of_all_kinds() -> None:
     tokenizer = class_tokenizer(names)
     assert len(tokenizer("golden retriever").input_ids) == 4
     assert tokenizer.model_max_length == max(len(tokenizer(name).input_ids) for name in names)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    tokenizer = class_tokenizer(["one", "two"])
+    model = TextToLatent(tokenizer, 8, block_out_channels=(16,), dropout=0.5)
+    z, tokens = torch.randn(2, 4, 8, 8), tokenize(tokenizer, ["one", "two"])
+    for training in (True, False):
+        model.train(training)
+        first, second = (model(z, torch.tensor([10, 20]), tokens) for _ in range(2))
+        assert torch.equal(first, second) is not training
 
 
 def test_learns_to_classify(data: Path, tmp_path: Path) -> None:

@@ -41,6 +41,16 @@ def test_folder_with_classes(folder):
     assert images[1].eq(1).all()
 
 
+def test_pictures_that_are_held_are_the_same_bit_for_bit(folder):
+    for source, size in ((open_source("digits", 300), (40, 40)), (open_source(folder, 5), (8, 16))):
+        held = source.held(size)
+        rows = [4, 0, 2, 4]
+        assert torch.equal(held.images(rows, size), source.images(rows, size))
+        assert torch.equal(held.images(rows, (16, 16)), source.images(rows, (16, 16)))
+        assert torch.equal(held.subset(rows).images([1, 3], size), source.images([0, 4], size))
+        assert held.names == source.names
+
+
 def test_folder_with_captions(folder):
     lines = [{"file_name": name, "text": f"picture {name}"} for name in ("cats/a.png", "cats/b.jpg")]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -45,7 +45,7 @@ class ClassConditionalConfig:
         vae: the frozen autoencoder, an `AutoencoderKL`: that of an embedded model, a folder (of a VAE, or of a pipeline that has
             one), or a Hub repository.
         size: side of the square pictures in pixels; by default what the VAE was trained on.
-        block_out_channels, layers_per_block: of the U-Net, see `TextToLatent`.
+        block_out_channels, layers_per_block, dropout: of the U-Net, see `TextToLatent`.
         label_dropout: share of the labels that are replaced by the null prompt "" (0.1: Ho & Salimans 2022, arXiv 2207.12598).
         times: distribution of the training times, see `NoiseSampler.parse`. "logit-normal:0.3,0.8" dwells where classes differ most
             (Esser et al. 2024, arXiv 2403.03206, sec. 3.1).
@@ -60,6 +60,7 @@ class ClassConditionalConfig:
     size: int | None = None
     block_out_channels: tuple[int, ...] = (64, 128)
     layers_per_block: int = 1
+    dropout: float = 0.0
     label_dropout: float = 0.1
     times: str = "uniform"
     held_out: float = 0.1
@@ -68,8 +69,9 @@ class ClassConditionalConfig:
     def __post_init__(self) -> None:
         if not self.block_out_channels or any(width < 16 or width % 16 for width in self.block_out_channels):
             raise ValueError(f"block_out_channels={self.block_out_channels} must be positive multiples of 16, at least one.")
-        if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"label_dropout={self.label_dropout} must be at least 0 and below 1.")
+        for name in ("dropout", "label_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
         NoiseSampler.parse(self.times)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out={self.held_out} must be between 0 and 1.")
@@ -128,7 +130,7 @@ def train_class_conditional(
     torch.manual_seed(config.train.seed)
     model = TextToLatent(
         tokenizer, size // codec.factor, latent_channels=vae.config.latent_channels, block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
+        layers_per_block=config.layers_per_block, dropout=config.dropout,
     )  # fmt: skip
     vocabulary = tokenize(tokenizer, ["", *classes])
     times = None if config.times == "uniform" else NoiseSampler.parse(config.times)
@@ -254,7 +256,7 @@ def _require_same_run(
     settings = {
         "classes": classes, "pictures": len(source), "vae": config.vae, "size": size, "seed": config.train.seed,
         "block_out_channels": list(config.block_out_channels), "layers_per_block": config.layers_per_block,
-        "times": config.times,
+        "dropout": config.dropout, "times": config.times,
     }  # fmt: skip
     file = work / "settings.json"
     if file.exists():

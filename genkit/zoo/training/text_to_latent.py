@@ -30,6 +30,7 @@ class TextToLatent(nn.Module):
         latent_channels: their channels.
         block_out_channels: width of each stage of the U-Net, multiples of 16; every stage after the first halves the resolution.
         layers_per_block: residual blocks of a stage.
+        dropout: in the residual blocks, while training.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class TextToLatent(nn.Module):
         latent_channels: int = 4,
         block_out_channels: Sequence[int] = (64, 128),
         layers_per_block: int = 1,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         end = tokenizer.eos_token_id
@@ -64,6 +66,7 @@ class TextToLatent(nn.Module):
             out_channels=latent_channels,
             block_out_channels=tuple(block_out_channels),
             layers_per_block=layers_per_block,
+            dropout=dropout,
             down_block_types=("CrossAttnDownBlock2D",) * stages,
             up_block_types=("CrossAttnUpBlock2D",) * stages,
             cross_attention_dim=128,
