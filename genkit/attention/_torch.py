@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -21,3 +25,18 @@ def attention_backward(
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
     )
+
+
+@contextmanager
+def kernels_in_order(*kernels: SDPBackend) -> Iterator[None]:
+    """`sdpa_kernel` with some kernels, the first before the others, which leaves torch's own order as it was.
+
+    That order has the unfused kernel before cuDNN's on all but the latest devices; and what `sdpa_kernel` puts back
+    is the order of those kernels only that were allowed before.
+    """
+    order = torch._C._get_sdp_priority_order()
+    try:
+        with sdpa_kernel(list(kernels), set_priority=True):
+            yield
+    finally:
+        torch._C._set_sdp_priority_order(order)

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from genkit import _host
+from genkit.attention import _torch
 from genkit.attention.choices import AUTO, CHOICES, KERNELS, POLICIES, check_choice
 from genkit.attention.guard import excused, only
 from genkit.attention.places import modules_of
@@ -130,7 +131,8 @@ def _scope_of(choice: str) -> Callable[[], Any]:
         return lambda: excused("attention math")
     if choice in KERNELS:
         # The unfused one stays allowed, since it knows why it was reached. It raises.
-        return lambda: _both(only(f" by the {choice} kernel, which alone is allowed"), sdpa_kernel([_SDP[choice], SDPBackend.MATH]))
+        note, order = f" by the {choice} kernel, which alone is allowed", (_SDP[choice], SDPBackend.MATH)
+        return lambda: _both(only(note), _torch.kernels_in_order(*order))
     function = attend_varlen if choice == "varlen" else _host.attention_function(_backend(choice))
     return lambda: _both(only(f" by {choice}, which alone is allowed"), _Instead(function))
 

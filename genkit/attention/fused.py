@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from genkit.attention import _torch, kernels
 from genkit.attention.shapes import check
 
-_ALIGNMENT = 8  # channels: what fused CUDA kernels want in half precision
+_ALIGNMENT = 8  # channels: what fused CUDA kernels want in half precision; in float32 they want 4
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -61,13 +61,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale
 
 def portable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """`attend` by `scaled_dot_product_attention` alone, on any device; what it is given has been checked."""
-    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    width = aligned(max(q.shape[-1], v.shape[-1]))
+    out = F.scaled_dot_product_attention(*(padded(x, width) for x in (q, k, v)), mask, scale=scale)[..., : v.shape[-1]]
+    wide_q, wide_k = (padded(x, aligned(x.shape[-1])) for x in (q, k))
     with torch.no_grad():
-        mean_logit = (q * F.scaled_dot_product_attention(q, k, k, mask, scale=scale)).sum(-1, keepdim=True)
+        means = F.scaled_dot_product_attention(wide_q, wide_k, wide_k, mask, scale=scale)
         # In the dtype of q, so that the logit is the number that is added back. (A finite mask's mean is left out: r is free.)
-        reference = mean_logit.to(q.dtype)
-    width = -(-(q.shape[-1] + 1) // _ALIGNMENT) * _ALIGNMENT
-    queries = _padded(torch.cat([q, reference], -1), width)
+        reference = (wide_q * means).sum(-1, keepdim=True).to(q.dtype)
+    width = aligned(q.shape[-1] + 1)
+    queries = padded(torch.cat([q, reference], -1), width)
     keys = F.pad(k, (0, width - k.shape[-1], 0, 1))
     keys[..., -1, k.shape[-1]] = 1  # the logit of the last key is scale * reference
     values = torch.zeros_like(keys)
@@ -83,7 +85,7 @@ def portable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float)
 
 def _on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     width = max(q.shape[-1], v.shape[-1])
-    out, lse = _Attend.apply(_padded(q, width), _padded(k, width), _padded(v, width), mask, scale)
+    out, lse = _Attend.apply(padded(q, width), padded(k, width), padded(v, width), mask, scale)
     if mask is not None:  # the operator says 0 for a row that attends to nothing
         lse = torch.where((mask == float("-inf")).all(-1), float("-inf"), lse)
     return out[..., : v.shape[-1]], lse
@@ -109,14 +111,20 @@ class _Attend(Function):
         width = q.shape[-1]
         if c is not None:
             g, out = torch.cat([g, torch.ones_like(g[..., :1])], -1), torch.cat([out, -c[..., None].to(out.dtype)], -1)
-            q, k, v = (_padded(x, width + 1) for x in (q, k, v))
+            q, k, v = (padded(x, width + 1) for x in (q, k, v))
         grads = _torch.attention_backward(g, q, k, v, out, lse, mask, ctx.scale)
         return *(grad[..., :width] for grad in grads), None, None
 
 
-def _padded(x: Tensor, width: int) -> Tensor:
-    """x with channels of zeros up to `width`; x itself if it has them."""
-    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+def aligned(width: int) -> int:
+    """The number of channels, at least `width`, that fused kernels take on any device."""
+    return -(-width // _ALIGNMENT) * _ALIGNMENT
+
+
+def padded(x: Tensor, width: int) -> Tensor:
+    """x with channels of zeros up to `width`, as fused kernels take it: they want the last dimension contiguous."""
+    x = x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -62,7 +62,7 @@ def check_keys(keys: Sequence[int] | Sequence[Sequence[int]] | Tensor, count: in
     Raises:
         ValueError: no keys, keys that are not whole numbers, of another batch size, or out of range.
     """
-    chosen = torch.as_tensor(keys, device=device)
+    chosen = torch.as_tensor(keys)  # checked where it is: a list costs a GPU no wait
     if chosen.ndim not in (1, 2) or not chosen.numel() or chosen.is_floating_point() or chosen.dtype == torch.bool:
         raise ValueError(f"keys must be whole numbers, (J,) or (B, J) with at least one; got {_shown(chosen)}.")
     if chosen.ndim == 2 and len(chosen) != batch:
@@ -73,7 +73,7 @@ def check_keys(keys: Sequence[int] | Sequence[Sequence[int]] | Tensor, count: in
     if low < -count or high >= count:
         wrong = high if high >= count else low
         raise ValueError(f"Key {wrong} is out of range: there are S = {count} keys. Use 0 to {count - 1}, or -{count} to -1.")
-    return chosen % count
+    return (chosen % count).to(device)
 
 
 def check_tangents(**pairs: tuple[Tensor, Tensor]) -> None:
@@ -106,7 +106,7 @@ def _added(mask: Tensor, q_BHLD: Tensor, count: int) -> Tensor:
         return torch.zeros(mask.shape, dtype=q_BHLD.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
     if mask.dtype != q_BHLD.dtype:
         raise ValueError(f"The mask is {mask.dtype}, but q is {q_BHLD.dtype}. Give a boolean mask, or one of the dtype of q.")
-    return mask
+    return mask if mask.stride(-1) == 1 else mask.contiguous()  # as fused CUDA kernels want it
 
 
 def _shown(tensor: Tensor) -> str:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genkit.attention import kernels
-from genkit.attention.fused import attend
+from genkit.attention.fused import aligned, attend, padded
 from genkit.attention.shapes import check, check_keys
 
 Keys = Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -65,9 +65,9 @@ def row_statistic(q: Tensor, k: Tensor, values: Tensor, *, mask: Tensor | None =
         values = values.expand(batch, heads, -1, -1)
     added = check(q, k, values, mask)
     scale = width**-0.5 if scale is None else float(scale)
-    shared = max(width, values.shape[-1])  # fused calls want one width
-    q, k, padded = (F.pad(x, (0, shared - x.shape[-1])) for x in (q, k, values))
-    return F.scaled_dot_product_attention(q, k, padded, added, scale=scale)[..., : values.shape[-1]]
+    shared = aligned(max(width, values.shape[-1]))  # fused calls want one width
+    wide = (padded(x, shared) for x in (q, k, values))
+    return F.scaled_dot_product_attention(*wide, added, scale=scale)[..., : values.shape[-1]]
 
 
 def token_map(

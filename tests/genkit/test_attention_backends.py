@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from genkit import _host
 from genkit.attention import audit, strict, use_attention, why_unusable
-from genkit.attention.backends import _around, _attention_modules, _both, _Instead, current_mode
+from genkit.attention._torch import kernels_in_order
+from genkit.attention.backends import _around, _attention_modules, _both, _Instead, _scope_of, current_mode
 from genkit.attention.choices import CHOICES, check_choice
 from genkit.attention.varlen import attend_varlen
 from genkit.errors import UnfusedAttentionError
@@ -57,7 +58,8 @@ def state_of(network: nn.Module) -> list[Any]:
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in network.modules()]
     cuda = torch.backends.cuda
     kernels = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled(), cuda.math_sdp_enabled())
-    return [processors, hooks, kernels, _AttentionBackendRegistry.get_active_backend()[0], current_mode()]
+    order = torch._C._get_sdp_priority_order()
+    return [processors, hooks, kernels, order, _AttentionBackendRegistry.get_active_backend()[0], current_mode()]
 
 
 @pytest.mark.parametrize("family", HOSTS)
@@ -103,6 +105,20 @@ def test_a_backend_that_the_user_set_is_overruled_and_comes_back() -> None:
         assert _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName._NATIVE_MATH
     finally:
         _AttentionBackendRegistry.set_active_backend(default)
+
+
+def test_the_chosen_kernel_comes_before_the_unfused_one() -> None:
+    """Torch's own order has the unfused one before cuDNN's on most devices."""
+    own = torch._C._get_sdp_priority_order()
+    for choice, kernel in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), _scope_of(choice)():
+            assert torch._C._get_sdp_priority_order()[:2] == [int(kernel), int(SDPBackend.MATH)]
+            assert torch.backends.cuda.math_sdp_enabled()
+            assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+        assert torch._C._get_sdp_priority_order() == own
+    with pytest.raises(KeyError), kernels_in_order(SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        raise KeyError
+    assert torch._C._get_sdp_priority_order() == own
 
 
 def with_dropout(attn: Any, hidden_states: Tensor, **options: Any) -> Tensor:

@@ -349,3 +349,26 @@ def test_attention_maps_of_other_shapes_have_no_divergence():
 def test_log_sum_exp_alone():
     q, k, v = tensors((2, 3, 7, 11, 4))
     torch.testing.assert_close(log_sum_exp(q, k), attend(q, k, v)[1])
+
+
+@pytest.mark.parametrize("columns", [3, 16, 77])
+def test_any_width_and_layout_of_values_is_fused(columns):
+    """Fused kernels want a last dimension that is contiguous, and those of CUDA multiples of 8 channels."""
+    q, k, _ = tensors((2, 3, 9, 77, 16))
+    mask = mask_of("finite keys", (2, 3, 9, 77, 16))
+    p = dense_attention(q.double(), k.double(), k.double(), mask.double())[3]
+    widths = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "scaled_dot_product" in str(func):
+                widths.extend(x.shape[-1] for x in args[:3])
+            return func(*args, **(kwargs or {}))
+
+    with Look():
+        found = token_map(q, k, list(range(columns)), mask=mask.mT.contiguous().mT)
+    torch.testing.assert_close(found.double(), p[..., :columns].mean(1), atol=1e-5, rtol=0)
+    with Look():
+        _, lse = fused.portable(q[..., :11], k[..., :11], k[..., :5], None, 0.2)
+    assert lse.isfinite().all()
+    assert not any(width % 8 for width in widths)
