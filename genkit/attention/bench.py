@@ -6,9 +6,10 @@
     statistics, gradient     the same, and gradients of all three
     derivative               out, and its derivative in a direction                  (`attend_jvp`)
 
-The ways of a task are timed in turn within each round, so that a change of the machine's speed hits all alike; medians. FLOPs and
-bytes are those that any way must spend: 2 products of matrices forward, 5 backward, 6 for the derivative; each input and output
-once. So a way that spends more shows fewer per second.
+The ways of a task are timed in turn within each round, so that a change of the machine's speed hits all alike; medians. On a GPU a
+timing is of as many calls, one after the other, as take a few milliseconds: what one costs in a network, where the next is queued
+while it runs. FLOPs and bytes are those that any way must spend: 2 products of matrices forward, 5 backward, 6 for the derivative;
+each input and output once. So a way that spends more shows fewer per second.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from genkit import _host
 from genkit.attention import kernels
 from genkit.attention.backends import why_unusable
 from genkit.attention.jvp import attend_jvp
+from genkit.attention.jvp import by_algebra as jvp_by_algebra
 from genkit.attention.probe import attend_probe, by_algebra
 from genkit.measuring import added_bytes, seconds
 
 KEYS = list(range(1, 9))
 NOT_RUN = "not run on a GPU"
+_LEAST = 4e-3  # seconds that a timing on a GPU takes: so many that starting and waiting do not count
 _DOTS = {"attention": 2, "attention, gradient": 7, "statistics": 2, "statistics, gradient": 7, "derivative": 6}
 _MOVED = {"attention": 2, "attention, gradient": 6, "statistics": 2, "statistics, gradient": 6, "derivative": 4}  # times (L + S) D
 
@@ -99,11 +102,10 @@ class Inputs:
                     f"{task}, gradient",
                     {name: way if isinstance(way, str) else _differentiated(way, self) for name, way in ways.items()},
                 )
-        unserved = kernels.unserved("attend_jvp", self.q, self.v)
         derivative: dict[str, Any] = {
             "dense": self._dense_derivative,
-            "algebra": self._derivative if unserved else "attend_jvp runs the kernel here",
-            "kernel": unserved or self._derivative,
+            "algebra": self._derivative_by_algebra,
+            "kernel": kernels.unserved("attend_jvp", self.q, self.v) or self._derivative,
         }
         yield "derivative", {name: way if isinstance(way, str) else _called(way, self) for name, way in derivative.items()}
 
@@ -148,6 +150,9 @@ class Inputs:
 
     def _dense_derivative(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         return torch.func.jvp(lambda *x: self._dense(*x)[0], (q, k, v), tuple(self.tangents))
+
+    def _derivative_by_algebra(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return jvp_by_algebra(q, k, v, *self.tangents, None, self.scale)
 
     def _derivative(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         return attend_jvp(q, k, v, *self.tangents)
@@ -202,11 +207,25 @@ def _measure(ways: dict[str, Any], rounds: int) -> dict[str, tuple[float, int] |
         except Exception as error:  # kernels refuse shapes in many ways, and memory may run out
             found[name] = " ".join(str(error).split())[:200]
     good = [name for name, value in found.items() if not isinstance(value, str)]
+    calls = {name: _calls(ways[name]) for name in good}
     times: dict[str, list[float]] = {name: [] for name in good}
     for _ in range(rounds):
         for name in good:
-            times[name].append(seconds(ways[name]))
+            times[name].append(seconds(_repeated(ways[name], calls[name])) / calls[name])
     return {name: (statistics.median(times[name]), value) if name in times else value for name, value in found.items()}
+
+
+def _calls(way: Callable[[], Any]) -> int:
+    """How often a way is called in a timing."""
+    return min(1000, max(1, round(_LEAST / seconds(way)))) if torch.cuda.is_available() else 1
+
+
+def _repeated(way: Callable[[], Any], calls: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(calls):
+            way()
+
+    return run
 
 
 def _rows(shape: Shape, batch: int, size: int, task: str, measured: dict[str, Any]) -> list[dict[str, Any]]:
@@ -275,8 +294,10 @@ def _one(function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
 
 
 def _compiled_flex() -> Callable[..., Tensor]:
+    """For one shape. After a few shapes torch would give up compiling and run the unfused one, but for `fullgraph`."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    torch.compiler.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.compile(flex_attention)
+        return torch.compile(flex_attention, dynamic=False, fullgraph=True)

@@ -72,7 +72,13 @@ def attend_jvp(
     check_tangents(q=(q, tq), k=(k, tk), v=(v, tv))
     if kernels.unserved("attend_jvp", q, v) is None:
         return kernels.attend_jvp(q, k, v, tq, tk, tv, mask=mask, scale=scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return by_algebra(q, k, v, tq, tk, tv, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def by_algebra(
+    q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`attend_jvp` by fused calls; what it is given has been checked."""
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     with torch.no_grad():
         along_values = F.scaled_dot_product_attention(q, k, tv, attn_mask=mask, scale=scale)
