@@ -219,16 +219,16 @@ def generative(folder: Path, way: Way) -> dict[str, Any]:
     return {**network, "kept": card["kept"], "figures": figures(labels, way), **how, "evaluations_per_picture": evaluations}
 
 
-@torch.no_grad()
 def discriminative(folder: Path, seed: int, way: Way) -> dict[str, Any]:
     """The baseline's figures."""
     if not (folder / "config.json").exists():
         train_discriminative(folder, seed, way)
     model = load_classifier(str(folder)).to(way.device)
-    labels = {
-        split: torch.cat([model(part.to(way.device)).argmax(1).cpu() for part in way.load(split).images.split(100)]).numpy()
-        for split in REPORTED
-    }
+    with torch.no_grad():
+        labels = {
+            split: torch.cat([model(part.to(way.device)).argmax(1).cpu() for part in way.load(split).images.split(100)]).numpy()
+            for split in REPORTED
+        }
     parameters = sum(p.numel() for p in model.parameters())
     return {"channels": way.config.block_out_channels, "seed": seed, "parameters": parameters, "figures": figures(labels, way)}
 
