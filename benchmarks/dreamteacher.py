@@ -11,9 +11,10 @@ The backbones are pretrained on the training digits without labels (16,000 pictu
     simclr                  contrastive learning for as many steps; simclr-time for as many seconds as `features` took
 
 Labels are those of 1 %, 10 % and 100 % of the 4,000 digits, drawn `--draws` times; the test is on 1,000 held-out digits. A probe is
-ridge regression on the pooled levels of the frozen backbone. Fine-tuning trains everything; all have the same augmentation, steps
-and learning rate. Segmentation tells for each pixel paper from ten digits. A row is written as soon as it is there, and an
-interrupted run goes on where it stopped. `--sweep` pretrains with one setting changed at a time, for fewer steps, and probes.
+ridge regression on the frozen backbone's levels, pooled to 4 x 4 places. Fine-tuning trains everything; all have the same
+augmentation, steps and learning rate. Segmentation tells for each pixel paper from ten digits. A row is written as soon as it is
+there, and an interrupted run goes on where it stopped. `--sweep` pretrains with one setting changed at a time, for fewer steps, and
+probes.
 Several processes can share the work, each with its own `--contenders`, `--work` and `--out`; `--merge` puts their rows together.
 """
 

@@ -108,14 +108,13 @@ def simclr(backbone: Backbone, source: ImageSource, config: TrainConfig, folder:
 
 @torch.no_grad()
 def pooled(backbone: Backbone, source: ImageSource, batch_size: int = 100) -> Tensor:
-    """The pooled levels (N, D) of all rows: the mean of each, and of the last but one and the one before also 2 x 2 parts."""
+    """The levels (N, D) of all rows, each pooled to 4 x 4 places, as `genkit.features` pools the teacher's for its probe."""
     backbone.eval()
     device = device_of(backbone)
     found = []
     for start in range(0, len(source), batch_size):
         levels = backbone(source.images(range(start, min(start + batch_size, len(source))), backbone.size).to(device))
-        parts = [level.mean((2, 3)) for level in levels] + [F.adaptive_avg_pool2d(level, 2).flatten(1) for level in levels[1:3]]
-        found.append(torch.cat(parts, 1))
+        found.append(torch.cat([F.adaptive_avg_pool2d(level, min(4, level.shape[-1])).flatten(1) for level in levels], 1))
     return torch.cat(found)
 
 

@@ -15,7 +15,7 @@ ENCODINGS = ("stochastic", "ddim")
 TASKS = ("none", "classification", "segmentation")
 # AdamW of the paper (appendix): weight decay .05, betas (.9, .95), cosine decay; 100 epochs, 20 of them warm-up.
 _PAPER = TrainConfig(steps=40_000, batch_size=256, lr=4e-3, warmup=8000, weight_decay=0.05, betas=(0.9, 0.95), ema_decay=0.0)
-_DIGITS = dataclasses.replace(_PAPER, steps=1200, batch_size=128, lr=2e-3, warmup=60, ema_decay=0.99)
+_DIGITS = dataclasses.replace(_PAPER, steps=1800, batch_size=128, lr=2e-3, warmup=90, ema_decay=0.99)
 _INTERPRETER = TrainConfig(steps=400, batch_size=40, lr=1e-3, warmup=20, weight_decay=0.05, ema_decay=0.98, bf16=False)
 
 
