@@ -178,17 +178,21 @@ class _Recorder:
 
 
 class _Mean:
-    """A running mean of tensors, kept on the CPU."""
+    """A running mean of tensors, where they are: a copy to the CPU would let a GPU wait at each layer."""
 
     def __init__(self) -> None:
-        self.total, self.count = torch.zeros(()), 0
+        self.total: Tensor | None = None
+        self.count = 0
 
     def add(self, value: Tensor) -> None:
-        self.total, self.count = self.total + value.float().cpu(), self.count + 1
+        self.total = value.float() if self.total is None else self.total + value.float()
+        self.count += 1
 
     @property
     def value(self) -> Tensor:
-        return self.total / self.count
+        """On the CPU."""
+        assert self.total is not None
+        return self.total.cpu() / self.count
 
 
 def _enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -22,7 +22,7 @@ class Sharpness:
     """Mean entropies of a run, filled while it is recorded; of joint attention, the image's queries count."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # (B,) by module
+        self._sums: dict[str, Tensor] = {}  # (B,) by module, where the network is: a copy to the CPU would let a GPU wait
         self._counts: dict[str, int] = {}
         self._keys: dict[str, int] = {}
 
@@ -38,7 +38,7 @@ class Sharpness:
     def observe(self, attention: Attention) -> None:
         """Count an attention call in."""
         with torch.no_grad():
-            rows = row_entropy(attention.q, attention.k, mask=attention.mask, scale=attention.scale).mean((1, 2)).double().cpu()
+            rows = row_entropy(attention.q, attention.k, mask=attention.mask, scale=attention.scale).mean((1, 2)).double()
         self._sums[attention.name] = self._sums.get(attention.name, 0) + rows
         self._counts[attention.name] = self._counts.get(attention.name, 0) + 1
         self._keys[attention.name] = attention.k.shape[2]
