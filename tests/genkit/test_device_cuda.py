@@ -58,8 +58,8 @@ class TestSampling:
             pipe = GuidedPipeline.from_pretrained("digits").to(device)
             guidance = {
                 "none": lambda: None,
-                "classifier": lambda: ClassifierGuidance(load_classifier("digits-classifier"), "seven", scale=1.0),
-                "discriminator": lambda: DiscriminatorGuidance(load_discriminator("digits-discriminator")),
+                "classifier": lambda: ClassifierGuidance(load_classifier("digits-classifier").to(device), "seven", scale=1.0),
+                "discriminator": lambda: DiscriminatorGuidance(load_discriminator("digits-discriminator").to(device)),
                 "attend": lambda: AttendAndExcite(["red"]),
             }[kind]()
             prompts = ["a red seven"] if kind == "attend" else PROMPTS
