@@ -306,6 +306,7 @@ class DiscriminatorGuidance(EnergyGuidance):
         return cls(discriminator, **{**PRESETS[preset], **arguments})
 
     def check(self, pipe: Any) -> None:
+        super().check(pipe)
         require_same(getattr(getattr(self.discriminator, "config", None), "trained_on", None), pipe, "discriminator")
 
     def weight(self, state: State) -> float | Tensor:

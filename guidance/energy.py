@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genkit.guidance.base import Guidance, State, Term, differentiate
 from genkit.guidance.schedules import Weight, checked, is_off, multiply, weighted
@@ -88,6 +89,17 @@ class EnergyGuidance(Guidance):
         self.name = name or self.name
         self.needs_graph = route == "through_denoiser"
         self._takes_level, self._takes_seeds = _arguments(energy)
+
+    def check(self, pipe: Any) -> None:
+        device = getattr(pipe, "device", None)
+        held = (*vars(self).values(), *getattr(self.energy, "__dict__", {}).values(), self.energy)
+        for network in dict.fromkeys(value for value in held if isinstance(value, nn.Module)):
+            weight = next(network.parameters(), None)
+            if device is not None and weight is not None and weight.device.type != device.type:
+                raise ValueError(
+                    f"The {type(network).__name__} of guidance {self.name!r} is on {weight.device}, but the pipeline is on "
+                    f"{device}. Move it there with .to({str(device)!r})."
+                )
 
     def active(self, state: State) -> bool:
         return self.scale != 0 and not is_off(self.own_weight(state))

@@ -317,3 +317,18 @@ def test_a_function_may_stand_for_a_guidance():
     assert list(by_function.energy) == ["redness"]
     with pytest.raises(ValueError, match="is no guidance"):
         pipe("a cat", guidance=3, **settings)
+
+
+def test_a_guide_on_another_device_is_refused_before_the_run():
+    """The device "meta" stands for one that is not the pipeline's."""
+    from genkit.classifiers import load_classifier
+    from genkit.guidance import ClassifierGuidance, attach
+
+    pipe = GuidedPipeline.from_pipe(tiny.pipeline("stable_diffusion"))
+    guide = ClassifierGuidance(load_classifier("digits-classifier").to("meta"), 7)
+    says = r"AttributeClassifier of guidance 'classifier' is on meta, but the pipeline is on cpu\. Move it there with \.to\('cpu'\)"
+    for guidance in (guide, guide + 2.0 * EnergyGuidance(lambda x: x.sum((1, 2, 3)))):
+        with pytest.raises(ValueError, match=says):
+            pipe("a red seven", guidance=guidance, num_inference_steps=1)
+    with pytest.raises(ValueError, match=says), attach(pipe.host, guide):
+        raise AssertionError("not reached")
