@@ -162,9 +162,11 @@ class PartAssemblyPipeline(DiffusionPipeline):
         if reference is not None:
             templates = self._reference(parts, reference, estimate_scale)
         else:
-            drawn = self.generate_templates(num_templates, category, steps=template_steps, seed=seed)
-            opinion = Opinion(parts, self._model(), category, float(drawn.square().mean().sqrt()))
-            templates = [_of_area(parts, cloud) for cloud in drawn]
+            told = None if init == "random" else parts
+            drawn = self.generate_templates(num_templates, category, parts=told, steps=template_steps, seed=seed)
+            model = self._model(parts)
+            opinion = Opinion(parts, model, category, float(drawn.square().mean().sqrt()))
+            templates = [_in_units(parts, cloud, model.scale) for cloud in drawn]
             if init == "random":
                 templates = templates[:num_hypotheses]
             if init == "search":
@@ -174,6 +176,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
                 )
         steps = (0 if init == "search" else 60) if refine_steps is None else refine_steps
         levels = annealed(h_range, steps) if steps else []
+        searcher: Search | None = None
         found: list[_Found] = []
         histories: list[list[Tensor]] = []
         for k, (template, scale, centre) in enumerate(templates):
@@ -183,7 +186,8 @@ class PartAssemblyPipeline(DiffusionPipeline):
                 begun = 0.0 if opinion is None or init != "search" else IMAGINED
                 tell(name, begun + (1 - begun) * (k + done) / len(templates))
 
-            searcher = Search(parts, template, search, seed=mix(seed, k), on_stage=stage)
+            seeded = mix(seed, k)
+            searcher = searcher.on(template, seeded, stage) if searcher else Search(parts, template, search, seeded, stage)
             if init == "search":
                 poses = searcher.run(max(len(share), 1))[0]
                 poses = poses if opinion is None else both(parts, poses)
@@ -211,6 +215,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
             best = best[torch.tensor(distinct(searcher, poses[best]))]
             found.append(_Found(k, scale, poses[best], {key: value[best] for key, value in scores.items()}))
             histories.append([step[best[0]] for step in history])
+        assert searcher is not None  # there is a template at least
         tell("rank", 1.0)
         out = _ranked(parts, found, searcher, num_hypotheses, order, centre=opinion is not None)
         if return_history:
@@ -251,14 +256,20 @@ class PartAssemblyPipeline(DiffusionPipeline):
         """
         self._model().label(category)
 
-    def generate_templates(self, count: int, category: str | int | None, *, steps: int = 20, seed: int = 0) -> Tensor:
-        """Clouds (count, 2048, 3) of the model, of unit standard deviation; cloud i is a function of (seed, i)."""
-        return samples(self._model(), count, category, steps=steps, seed=seed)
+    def generate_templates(
+        self, count: int, category: str | int | None, *, parts: PartSet | None = None, steps: int = 20, seed: int = 0
+    ) -> Tensor:
+        """Clouds (count, 2048, 3) of the model, of unit standard deviation; cloud i is a function of (seed, i).
 
-    def _model(self) -> PointModel:
+        Args:
+            parts: that they shall be made of, if the model takes them.
+        """
+        return samples(self._model(parts), count, category, steps=steps, seed=seed)
+
+    def _model(self, parts: PartSet | None = None) -> PointModel:
         if self.denoiser is None or self.scheduler is None:
             raise ValueError("There is no model here. Give a reference (a scan or a mesh), or a pipeline with a denoiser.")
-        return PointModel(self.denoiser, self.scheduler)
+        return PointModel(self.denoiser, self.scheduler, parts)
 
     def _check(self, init: str, coupling: str, reference: Any, num_templates: int, num_hypotheses: int) -> None:
         if init not in ("search", "random", "given"):
@@ -279,9 +290,9 @@ class PartAssemblyPipeline(DiffusionPipeline):
         return [(template, scale, template.points.mean(0))]
 
 
-def _of_area(parts: PartSet, cloud: Tensor) -> tuple[Surface, float, Tensor]:
-    """A cloud of the model in units, as large as the parts' surface, its scale and its centre."""
-    scale = area_scale(parts, Surface(cloud))
+def _in_units(parts: PartSet, cloud: Tensor, scale: float | None) -> tuple[Surface, float, Tensor]:
+    """A cloud of the model in units, its scale, by default such that its surface is as large as the parts', and its centre."""
+    scale = area_scale(parts, Surface(cloud)) if scale is None else scale
     return template_surface(cloud, scale=scale), scale, torch.zeros(3)
 
 

@@ -30,7 +30,7 @@ from genkit.assembly.search import Search, SearchConfig
 from genkit.assembly.surfaces import part_surface, template_surface
 from genkit.noise import mix
 
-POINTS = 2048  # of a cloud
+POINTS, FEW = 2048, 512  # of a template, and of a cloud that the model is asked about
 ROUNDS = (0.7, 0.35)  # h of each
 FINAL = 0.35
 SURPRISE, OVERLAP, GAP = 0.02, 0.05, 0.01
@@ -45,7 +45,7 @@ class Opinion:
 
     Args:
         category: that the model is told.
-        deviation: standard deviation of the model's clouds, over points and axes together.
+        deviation: standard deviation of the model's clouds, over points and axes together, where it does not tell their scale.
 
     Example:
         >>> Opinion(parts, model, "chair").scores(pose)["surprise"]
@@ -62,12 +62,12 @@ class Opinion:
         rows = torch.randint(self.parts.points.shape[1], (count,), generator=generator)
         y = transform(self.parts.points.double(), pose.double())[owner, rows].float()
         centre = y.mean(0)
-        scale = self.deviation / float((y - centre).square().mean().sqrt())
+        scale = self.model.scale or self.deviation / float((y - centre).square().mean().sqrt())
         return (y - centre) * scale, scale
 
     def scores(self, pose: Tensor) -> dict[str, float]:
         """`surprise`, `overlap` and `gap` of an assembly (P, 4, 4) in units."""
-        size = getattr(self.model.denoiser.config, "sample_size", POINTS)
+        size = min(getattr(self.model.denoiser.config, "sample_size", FEW), FEW)
         clouds = torch.stack([self.cloud(pose, size, seed)[0] for seed in (0, 1)])
         surprise = self.model.surprise(clouds, self.category)
         return {"surprise": surprise, "overlap": overlap(self.parts, self.surfaces, pose), "gap": gap(self.parts, pose)}
@@ -119,11 +119,14 @@ def imagine(
     total = len(templates) + sum(min(len(templates), max(keep, len(templates) >> r + 1)) for r in range(len(ROUNDS)))
     done = 0
 
+    search: Search | None = None
+
     def idea(template: Surface, scale: float, number: int) -> _Idea:
-        nonlocal done
+        nonlocal done, search
         tell("imagine", done / total)
         done += 1
-        search = Search(parts, template, QUICK, seed=mix(seed, number))
+        seeded = mix(seed, number)
+        search = Search(parts, template, QUICK, seed=seeded) if search is None else search.on(template, seeded)
         poses = both(parts, search.run(1)[0])
         totals = [opinion.total(float(e), opinion.scores(pose)) for e, pose in zip(search.energy(poses), poses, strict=True)]
         least = min(range(len(poses)), key=totals.__getitem__)

@@ -3,8 +3,8 @@
     templates    clouds of the model's prior, by DDIM from noise                                        (Song et al. 2020)
     targets      y -> D(y): noise the assembly to a level h = sigma / alpha, denoise, back              (`couplings.DenoisedTarget`)
 
-The model knows clouds of unit standard deviation; c and m, the scale and centre of a template in its lengths, say how an
-assembly in units looks to it: (y - m) c.
+The model knows clouds of unit standard deviation, or of one area; c and m, the scale and centre of a template in its lengths, say
+how an assembly in units looks to it: (y - m) c.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from genkit import noise
 from genkit.assembly.couplings import DenoisedTarget, Target
+from genkit.assembly.descriptors import part_features
+from genkit.assembly.parts import PartSet
 from genkit.errors import unknown
 from genkit.levels import Level, kind_of
 from genkit.prediction import Prediction
@@ -30,8 +32,9 @@ class PointModel:
 
     Args:
         denoiser: `forward(sample (B, N, 3), timestep (B,), class_labels (B,)) -> .sample`; its config has `categories`. One with
-            latents has `draw(seeds)` and takes them as `context`.
+            latents has `draw(seeds)` and takes them as `context`; one whose config has `part_features` takes those as `parts`.
         scheduler: of the DDPM family (it has `alphas_cumprod`).
+        parts: that the clouds shall be made of, told to a network that takes them; by default none are.
 
     Raises:
         ValueError: a scheduler of another family.
@@ -40,10 +43,15 @@ class PointModel:
         >>> clouds = PointModel(denoiser, scheduler).generate(8, "chair", points=2048)      # (8, 2048, 3)
     """
 
-    def __init__(self, denoiser: Any, scheduler: Any) -> None:
+    def __init__(self, denoiser: Any, scheduler: Any, parts: PartSet | None = None) -> None:
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod. Use DDPMScheduler or DDIMScheduler.")
         self.denoiser, self.scheduler = denoiser, scheduler
+        takes = parts is not None and getattr(denoiser.config, "part_features", 0)
+        self.parts = part_features(parts.points, parts.areas) if takes and parts is not None else None
+        area = getattr(denoiser.config, "surface_area", None)
+        # c, where the parts tell it.
+        self.scale = None if parts is None or area is None else math.sqrt(area / float(parts.areas.sum()))
         self.ratios = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).double().sqrt()
 
     def label(self, category: str | int | None) -> int | None:
@@ -73,6 +81,8 @@ class PointModel:
         times = torch.full((len(x),), step, device=device)
         labels = None if label is None else torch.full((len(x),), label, device=device)
         told = {} if context is None else {"context": context}
+        if self.parts is not None:
+            told["parts"] = self.parts.expand(len(x), -1, -1).to(device)
         return self.denoiser(x.float().to(device), times, class_labels=labels, **told).sample.to(x)
 
     def eps(self, x: Tensor, step: int, label: int | None, context: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ Nothing depends on the pose that a part came in, or on the order of the parts: t
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import itertools
@@ -84,15 +85,23 @@ class SearchConfig:
                 raise ValueError(f"{field.name}={getattr(self, field.name)} must be positive.")
 
 
-class _Pool:
-    """The candidates of one shape, and what each has on the template's coarse points; those that are added come first."""
+class _Kind:
+    """A shape of parts, and what is asked of it on any template."""
 
-    def __init__(self, shape: Shape, template: NearestGrid, points: Surface, config: SearchConfig) -> None:
-        self.shape, self.template, self.coarse = shape, template, points
+    def __init__(self, shape: Shape, config: SearchConfig) -> None:
         samples = shape.surface
+        self.shape = shape
         self.grid = NearestGrid(samples, config.tau, config.resolution * 3 // 4)
         self.rho = DensityGrid(samples.points, torch.full((len(samples),), shape.area / len(samples)), config.width)
         self.anchors = Anchors(samples.points, shape.symmetry)
+
+
+class _Pool:
+    """The candidates of one shape, and what each has on the template's coarse points; those that are added come first."""
+
+    def __init__(self, kind: _Kind, template: NearestGrid, points: Surface) -> None:
+        self.shape, self.template, self.coarse = kind.shape, template, points
+        self.grid, self.rho, self.anchors = kind.grid, kind.rho, kind.anchors
         self.poses = torch.empty(0, 4, 4)
         self.cover, self.density = torch.empty(0, len(points)), torch.empty(0, len(points))
         self.residual = torch.empty(0)
@@ -128,25 +137,32 @@ class Search:
     ) -> None:  # fmt: skip
         self.order = content_order(parts)
         self.parts, self.config = parts[self.order], config or SearchConfig()
-        self.tell = on_stage or (lambda name, share: None)
-        self.generator = torch.Generator().manual_seed(mix(seed, 1))
-        self.trace: list[Tensor] = []  # the best assembly (P, 4, 4) after each stage of `run`
         self.shapes = shapes_of(self.parts, [part_surface(self.parts, i) for i in range(len(parts))])
         self.shape_of = [0] * len(parts)
         for k, shape in enumerate(self.shapes):
             for i in shape.members:
                 self.shape_of[i] = k
         self.rivals = self._rivals()
-        self._prepare(template)
+        self.kinds = [_Kind(shape, self.config) for shape in self.shapes]
+        self._prepare(template, seed, on_stage)
 
-    def _prepare(self, template: Surface) -> None:
+    def on(self, template: Surface, seed: int = 0, on_stage: Callable[[str, float], None] | None = None) -> Search:
+        """The search of the same object on another template."""
+        other = copy.copy(self)
+        other._prepare(template, seed, on_stage)
+        return other
+
+    def _prepare(self, template: Surface, seed: int, on_stage: Callable[[str, float], None] | None) -> None:
+        self.tell = on_stage or (lambda name, share: None)
+        self.generator = torch.Generator().manual_seed(mix(seed, 1))
+        self.trace: list[Tensor] = []  # the best assembly (P, 4, 4) after each stage of `run`
         config, total = self.config, float(self.parts.areas.sum())
         self.template = template
         self.grid = NearestGrid(template, config.tau, config.resolution)
         rho = DensityGrid(template.points, template.areas * (total / template.areas.sum()), config.width)(template.points)
         mixed = torch.randperm(len(template), generator=torch.Generator().manual_seed(mix(len(template), 2)))
         self.coarse, self.coarse_rho = template[mixed[: config.coarse]], rho[mixed[: config.coarse]]
-        self.pools = [_Pool(shape, self.grid, self.coarse, config) for shape in self.shapes]
+        self.pools = [_Pool(kind, self.grid, self.coarse) for kind in self.kinds]
         self.shares = self.parts.areas / total
         few = [self.shapes[k].surface[torch.arange(128)] for k in self.shape_of]
         x, normals = torch.stack([s.points for s in few]), torch.stack([s.normals for s in few])
@@ -154,8 +170,8 @@ class Search:
         def settler(count: int) -> Settler:
             rows = mixed[:count]
             return Settler(
-                x, normals, self.shares, template[rows], rho[rows], self.grid, [self.pools[k].grid for k in self.shape_of],
-                [self.pools[k].rho for k in self.shape_of], density_weight=config.density_weight,
+                x, normals, self.shares, template[rows], rho[rows], self.grid, [self.kinds[k].grid for k in self.shape_of],
+                [self.kinds[k].rho for k in self.shape_of], density_weight=config.density_weight,
             )  # fmt: skip
 
         self.quick, self.exact = settler(config.fine), settler(config.last)

@@ -95,6 +95,15 @@ def test_the_pose_that_parts_come_in_tells_nothing(scan: torch.Tensor) -> None:
         assert min(abs(box.bounds.ravel() - bounds).max() for bounds in placed) < 0.03
 
 
+def test_another_template_is_searched_as_by_a_search_of_its_own(parts: PartSet, scan: torch.Tensor) -> None:
+    quick = SearchConfig(candidates=16, rotations=24, voxel=0.08, starts=2, beam=2, rounds=1, coarse=128, fine=128, last=256)
+    first, second = (template_surface(scan[rows]) for rows in (slice(0, 1000), slice(1000, 2000)))
+    alone = Search(parts, second, quick, seed=3).run(2)
+    other = Search(parts, first, quick)
+    other.run(2)
+    assert all(torch.equal(a, b) for a, b in zip(other.on(second, 3).run(2), alone, strict=True))
+
+
 def test_a_setting_that_is_not_positive_is_refused() -> None:
     with pytest.raises(ValueError, match="candidates=0"):
         SearchConfig(candidates=0)
