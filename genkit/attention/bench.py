@@ -152,7 +152,8 @@ class Inputs:
         return torch.func.jvp(lambda *x: self._dense(*x)[0], (q, k, v), tuple(self.tangents))
 
     def _derivative_by_algebra(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return jvp_by_algebra(q, k, v, *self.tangents, None, self.scale)
+        tq, tk, tv = self.tangents
+        return jvp_by_algebra(q, k, v, tq, tk, tv, None, self.scale)
 
     def _derivative(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         return attend_jvp(q, k, v, *self.tangents)

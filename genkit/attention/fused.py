@@ -62,7 +62,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale
 def portable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """`attend` by `scaled_dot_product_attention` alone, on any device; what it is given has been checked."""
     width = aligned(max(q.shape[-1], v.shape[-1]))
-    out = F.scaled_dot_product_attention(*(padded(x, width) for x in (q, k, v)), mask, scale=scale)[..., : v.shape[-1]]
+    wide_q, wide_k, wide_v = (padded(x, width) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, mask, scale=scale)[..., : v.shape[-1]]
     wide_q, wide_k = (padded(x, aligned(x.shape[-1])) for x in (q, k))
     with torch.no_grad():
         means = F.scaled_dot_product_attention(wide_q, wide_k, wide_k, mask, scale=scale)

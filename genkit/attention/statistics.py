@@ -66,8 +66,8 @@ def row_statistic(q: Tensor, k: Tensor, values: Tensor, *, mask: Tensor | None =
     added = check(q, k, values, mask)
     scale = width**-0.5 if scale is None else float(scale)
     shared = aligned(max(width, values.shape[-1]))  # fused calls want one width
-    wide = (padded(x, shared) for x in (q, k, values))
-    return F.scaled_dot_product_attention(*wide, added, scale=scale)[..., : values.shape[-1]]
+    q, k, wide = (padded(x, shared) for x in (q, k, values))
+    return F.scaled_dot_product_attention(q, k, wide, added, scale=scale)[..., : values.shape[-1]]
 
 
 def token_map(
