@@ -105,7 +105,7 @@ def start_from(init: str, network: Any) -> None:
     Raises:
         ValueError, FileNotFoundError: there is no student, or it is of another shape.
     """
-    folder = zoo.path(init) if init in zoo.names() else Path(init)
+    folder = zoo.folder(init)
     if (folder / "model_index.json").is_file():
         folder = folder / ("transformer" if (folder / "transformer").is_dir() else "unet")
     elif list(folder.glob("checkpoint-*")):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -238,8 +237,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
         from genkit.checkpoints import check_folder
         from genkit.errors import unknown
 
-        known = model in zoo.names() or model in zoo.TRAINABLE
-        folder = zoo.path(model) if known else Path(model).expanduser()
+        folder = zoo.folder(model)
         if not folder.is_dir():
             raise unknown("model", model, zoo.names())
         check_folder(folder)

@@ -70,7 +70,7 @@ class Job(ImageJob):
             name = settings["prior"]
             prior = None
             if name is not None:
-                prior = LayoutPriorPipeline.from_pretrained(zoo.path(name) if name in zoo.names() else name).to(where)
+                prior = LayoutPriorPipeline.from_pretrained(str(zoo.folder(name))).to(where)
             bar.update(task, description="detecting")
 
             def keep(pipe: LayoutInversionPipeline, index: int, found: Detections) -> None:

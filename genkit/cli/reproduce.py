@@ -88,7 +88,7 @@ def _check_checkpoint(model: str) -> None:
     from genkit import zoo
     from genkit.checkpoints import check_folder
 
-    check_folder(zoo.path(model) if model in zoo.names() else Path(model).expanduser(), shapes=False)
+    check_folder(zoo.folder(model), shapes=False)
 
 
 def _run(line: Sequence[str], output: Output) -> str:

@@ -52,6 +52,18 @@ def path(name: str) -> Path:
     raise unknown("embedded model", name, present)
 
 
+def folder(model: str | Path) -> Path:
+    """The folder of an embedded model, which wins over a folder of its name, or else the path itself; it may not be there.
+
+    Raises:
+        ValueError: a model that could be embedded, but is not, and no folder of its name.
+    """
+    name = str(model)
+    if name in names() or (name in TRAINABLE and not Path(name).is_dir()):
+        return path(name)
+    return Path(model).expanduser()
+
+
 def card(name: str) -> dict[str, Any]:
     """The card of an embedded model or of a model's folder: what it is, data, licence, training, measured quality. Empty if it
     has none.

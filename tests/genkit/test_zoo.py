@@ -139,3 +139,14 @@ class TestCheckFolder:
     def test_headers(self, folder: Path) -> None:
         shapes = read_shapes(folder / "unet" / "diffusion_pytorch_model.safetensors")
         assert shapes["conv_in.weight"] == (8, 4, 3, 3)
+
+
+def test_an_embedded_name_wins_over_a_folder_and_others_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert zoo.folder("digits") == zoo.path("digits")
+    assert zoo.folder("mine") == Path("mine")
+    with pytest.raises(ValueError, match="genkit zoo train autoencoder"):
+        zoo.folder("autoencoder")
+    (tmp_path / "autoencoder").mkdir()
+    assert zoo.folder("autoencoder") == Path("autoencoder")

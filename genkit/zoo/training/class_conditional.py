@@ -167,7 +167,7 @@ def load_vae(name: str) -> AutoencoderKL:
         ValueError: no `AutoencoderKL`, or one whose latents `StableDiffusionPipeline` cannot decode (shifted or standardised).
         OSError: a model that is neither a folder nor on the Hub.
     """
-    folder = zoo.path(name) if name in zoo.names() else Path(name)
+    folder = zoo.folder(name)
     if folder.is_dir():
         folder = folder / "vae" if (folder / "vae").is_dir() else folder
         config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
