@@ -31,8 +31,9 @@ from genkit.assembly.surfaces import part_surface, template_surface
 from genkit.noise import mix
 
 POINTS, FEW = 2048, 512  # of a template, and of a cloud that the model is asked about
-ROUNDS = (0.7, 0.35)  # h of each
+ROUNDS = (0.7, 0.35)  # h of each; a model that is told the parts draws their sizes at once, and the first is left out
 FINAL = 0.35
+TRIED = 3  # assemblies on each template
 SURPRISE, OVERLAP, GAP = 0.02, 0.05, 0.01
 QUICK = SearchConfig(
     candidates=64, rotations=64, voxel=0.06, starts=8, beam=4, rounds=1, renewed=1, exchanges=2, coarse=384, fine=512, last=2048,
@@ -88,7 +89,7 @@ class _Idea:
 def samples(model: PointModel, count: int, category: str | int | None, *, steps: int, seed: int) -> Tensor:
     """Clouds (count, 2048, 3) of a category, every other one drawn with as many points as the model was trained on."""
     size = getattr(model.denoiser.config, "sample_size", None)
-    if size is None or size >= POINTS or count == 1:
+    if size is None or size >= POINTS or count == 1 or model.parts is not None:
         return model.generate(count, category, points=POINTS, steps=steps, seed=seed)
     middle = model.generate(-(-count // 2), category, points=POINTS, steps=steps, seed=seed)
     few = model.generate(count // 2, category, points=size, steps=steps, seed=mix(seed, 6))
@@ -116,9 +117,9 @@ def imagine(
         templates: samples of the model, as this returns them; in each round the better half goes on.
     """
     tell = on_stage or (lambda name, share: None)
-    total = len(templates) + sum(min(len(templates), max(keep, len(templates) >> r + 1)) for r in range(len(ROUNDS)))
+    rounds = ROUNDS if opinion.model.parts is None else ROUNDS[-1:]
+    total = len(templates) + sum(min(len(templates), max(keep, len(templates) >> r + 1)) for r in range(len(rounds)))
     done = 0
-
     search: Search | None = None
 
     def idea(template: Surface, scale: float, number: int) -> _Idea:
@@ -127,7 +128,7 @@ def imagine(
         done += 1
         seeded = mix(seed, number)
         search = Search(parts, template, QUICK, seed=seeded) if search is None else search.on(template, seeded)
-        poses = both(parts, search.run(1)[0])
+        poses = both(parts, search.run(TRIED)[0])
         totals = [opinion.total(float(e), opinion.scores(pose)) for e, pose in zip(search.energy(poses), poses, strict=True)]
         least = min(range(len(poses)), key=totals.__getitem__)
         return _Idea(template, scale, poses[least], totals[least])
@@ -135,16 +136,17 @@ def imagine(
     ideas = [idea(template, scale, k) for k, (template, scale, _) in enumerate(templates)]
     if hasattr(opinion.model.denoiser, "draw"):  # it knows a shape by a latent, so it cannot be asked what it makes of another
         return [(idea.template, idea.scale, torch.zeros(3)) for idea in _best(ideas, keep)]
-    for r, h in enumerate(ROUNDS):
+    for r, h in enumerate(rounds):
         ideas = _best(ideas, max(keep, len(ideas) // 2))
         ideas = [idea(*_renewed(opinion, one.pose, h, mix(seed, r)), len(templates) + k) for k, one in enumerate(ideas)]
-    found = [_renewed(opinion, one.pose, FINAL, mix(seed, len(ROUNDS)), 2 * POINTS) for one in _best(ideas, keep)]
+    found = [_renewed(opinion, one.pose, FINAL, mix(seed, len(rounds)), 2 * POINTS) for one in _best(ideas, keep)]
     return [(template, scale, torch.zeros(3)) for template, scale in found]
 
 
 def both(parts: PartSet, poses: Tensor) -> Tensor:
-    """Assemblies (H, P, 4, 4) as they are, and with what nearly touches brought into contact, (2 H, P, 4, 4)."""
-    return torch.cat([poses, torch.stack([pulled(parts, pose) for pose in poses])])
+    """Assemblies (H, P, 4, 4) as they are, and with what nearly touches brought into contact, where that changes them."""
+    moved = [pulled(parts, pose) for pose in poses]
+    return torch.stack([*poses, *(new for new, old in zip(moved, poses, strict=True) if not torch.equal(new, old))])
 
 
 def _renewed(opinion: Opinion, pose: Tensor, h: float, seed: int, points: int = POINTS) -> tuple[Surface, float]:

@@ -80,7 +80,7 @@ class PointModel:
         device = next(self.denoiser.parameters()).device
         times = torch.full((len(x),), step, device=device)
         labels = None if label is None else torch.full((len(x),), label, device=device)
-        told = {} if context is None else {"context": context}
+        told: dict[str, Tensor] = {} if context is None else {"context": context}
         if self.parts is not None:
             told["parts"] = self.parts.expand(len(x), -1, -1).to(device)
         return self.denoiser(x.float().to(device), times, class_labels=labels, **told).sample.to(x)

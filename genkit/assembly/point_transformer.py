@@ -4,8 +4,9 @@
 
 L are a few learned latents through which the points X hear of each other (induced set attention: Lee et al. 2019, arXiv
 1810.00825), and one more for each part that the whole shall be made of, if those are told (`genkit.assembly.descriptors`). Points
-enter by Fourier features of their coordinates, parts by those of their descriptors, time and class by adaptive layer norms (Peebles
-& Xie 2022, arXiv 2212.09748). There are no positions: the output turns over with the points, and any number of them will do.
+enter by Fourier features of their coordinates, parts by those of their descriptors; time, class and the sum over the parts by
+adaptive layer norms (Peebles & Xie 2022, arXiv 2212.09748). There are no positions: the output turns over with the points, and
+any number of them will do.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 OCTAVES = 6  # of Fourier features: wavelengths from 4 down to 1/8
+MANY = 8  # parts: what sums over parts are divided by
 
 
 @dataclasses.dataclass
@@ -68,7 +70,8 @@ class PointSetTransformer(ModelMixin, ConfigMixin):
         self.inducing = nn.Parameter(torch.randn(latents, width) * width**-0.5)
         if part_features:
             described = (1 + 2 * OCTAVES) * part_features
-            self.part_in = nn.Sequential(nn.Linear(described, width), nn.GELU(approximate="tanh"), nn.Linear(width, width))
+            self.part_in = nn.Sequential(nn.Linear(described, 2 * width), nn.GELU(approximate="tanh"), nn.Linear(2 * width, width))
+            self.part_embedding = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
         self.norm = _AdaptiveNorm(width)
         self.proj_out = nn.Linear(width, 3)
@@ -96,15 +99,19 @@ class PointSetTransformer(ModelMixin, ConfigMixin):
         if class_labels is None:
             class_labels = torch.full((len(sample),), len(self.config.categories), device=sample.device)
         condition = self.time_embedding(self.time_proj(timestep).to(sample)) + self.class_embedding(class_labels)
-        condition = F.silu(condition)
-        points, latents = self.proj_in(fourier(sample)), self.inducing.expand(len(sample), -1, -1)
-        told = None
+        points, latents, told = self.proj_in(fourier(sample)), self.inducing.expand(len(sample), -1, -1), None
         if parts is not None:
             if not self.config.part_features:
                 raise ValueError("This network is not told of parts. Leave `parts` out.")
-            latents = torch.cat([latents, self.part_in(fourier(parts.to(sample)))], 1)
+            tokens = self.part_in(fourier(parts.to(sample)))
+            latents = torch.cat([latents, tokens], 1)
             if part_mask is not None:
+                tokens = tokens * part_mask[..., None]
                 told = F.pad(part_mask, (self.config.latents, 0), value=True)[:, None, None]
+            condition = condition + self.part_embedding(tokens.sum(1) / MANY)
+        elif self.config.part_features:
+            condition = condition + self.part_embedding(torch.zeros_like(condition))
+        condition = F.silu(condition)
         for block in self.blocks:
             points, latents = block(points, latents, condition, told)
         return PointDenoiserOutput(sample=self.proj_out(self.norm(points, condition)))
