@@ -89,7 +89,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
         *,
         category: str | int | None = None,
         reference: Any = None,
-        num_templates: int = 16,
+        num_templates: int | None = None,
         num_hypotheses: int = 16,
         template_steps: int = 20,
         refine_steps: int | None = None,
@@ -116,7 +116,8 @@ class PartAssemblyPipeline(DiffusionPipeline):
             category: that the model shall draw; without a reference.
             reference: the whole: a mesh, a cloud (K, 3) or a `Surface`, in the lengths of the parts or, with `estimate_scale`, in
                 others. Assemblies are in its frame.
-            num_templates: clouds that the model draws; a search goes on with the best quarter of them, or with four.
+            num_templates: clouds that the model draws; by default 4 of one that is told the parts, else 16. A search goes on with
+                what becomes of the best quarter of them, or of two.
             num_hypotheses: assemblies that are returned, at most.
             template_steps: of DDIM for each cloud.
             refine_steps: of refinement after the start; by default none after a search, which settles by itself, else 60.
@@ -150,6 +151,9 @@ class PartAssemblyPipeline(DiffusionPipeline):
             push_apart = PushApartConfig(legacy=True)
         elif preset is not None:
             raise ValueError(f"Unknown preset {preset!r}. Known: paper.")
+        told = init != "random" and self.denoiser is not None and getattr(self.denoiser.config, "part_features", 0) > 0
+        if num_templates is None:
+            num_templates = 4 if told else 16
         self._check(init, coupling, reference, num_templates, num_hypotheses)
         order = content_order(parts)
         parts = parts[order]
@@ -161,15 +165,14 @@ class PartAssemblyPipeline(DiffusionPipeline):
         if reference is not None:
             templates = self._reference(parts, reference, estimate_scale)
         else:
-            told = None if init == "random" else parts
-            drawn = self.generate_templates(num_templates, category, parts=told, steps=template_steps, seed=seed)
-            model = self._model(parts)
+            model = self._model(parts, tell=told)
+            drawn = samples(model, num_templates, category, steps=template_steps, seed=seed)
             opinion = Opinion(parts, model, category, float(drawn.square().mean().sqrt()))
             templates = [_in_units(parts, cloud, model.scale) for cloud in drawn]
             if init == "random":
                 templates = templates[:num_hypotheses]
             if init == "search":
-                keep = max(4, num_templates // 4)
+                keep = max(2, num_templates // 4)
                 templates = imagine(
                     parts, opinion, templates, seed=seed, keep=keep, on_stage=lambda s, done: tell(s, IMAGINED * done)
                 )
@@ -264,10 +267,10 @@ class PartAssemblyPipeline(DiffusionPipeline):
         """
         return samples(self._model(parts), count, category, steps=steps, seed=seed)
 
-    def _model(self, parts: PartSet | None = None) -> PointModel:
+    def _model(self, parts: PartSet | None = None, *, tell: bool = True) -> PointModel:
         if self.denoiser is None or self.scheduler is None:
             raise ValueError("There is no model here. Give a reference (a scan or a mesh), or a pipeline with a denoiser.")
-        return PointModel(self.denoiser, self.scheduler, parts)
+        return PointModel(self.denoiser, self.scheduler, parts, tell=tell)
 
     def _check(self, init: str, coupling: str, reference: Any, num_templates: int, num_hypotheses: int) -> None:
         if init not in ("search", "random", "given"):

@@ -1,8 +1,9 @@
 """Which of the assemblies that were found differ, how good each is without the truth, and how sure one can be of the best.
 
-Two assemblies are the same if parts of one shape can be exchanged so that each lies within `radius` (r.m.s., whatever its
-symmetry) of where it lies in the other. An assembly is judged by the energy of the search, by how much of the template it covers
-and how much of its own surface lies on it, and by into how many pieces it falls. What the best one is worth is said in one word:
+Two assemblies are the same if parts of one shape can be exchanged so that each, but for a twentieth of the surface, lies within
+`radius` (r.m.s., whatever its symmetry) of where it lies in the other. An assembly is judged by the energy of the search, by how
+much of the template it covers and how much of its own surface lies on it, and by into how many pieces it falls. What the best one
+is worth is said in one word:
 
     clear        no other is within 5 % of its energy
     ambiguous    others are
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from genkit.assembly.search import Search
 
 RADIUS = 0.05  # in units of the longest side of a part
+ELSEWHERE = 0.05  # share of the surface that may lie elsewhere in assemblies that are the same
 NEAR = 0.05  # a place that is nearer than this counts as covered
 TIE = 0.05  # share of the energy within which assemblies tie
 POOR = 0.9
@@ -58,15 +60,15 @@ def distinct(search: Search, poses: Tensor, radius: float = RADIUS) -> list[int]
 
 
 def _same(search: Search, a: Tensor, b: Tensor, radius: float) -> bool:
+    elsewhere = 0.0
     for shape, pool in zip(search.shapes, search.pools, strict=True):
         rows = torch.tensor(shape.members)
         y = transform(pool.anchors.points, a[rows]).flatten(1)
         images = transform(pool.anchors.images, b[rows][:, None]).flatten(2)
         apart = (y[:, None, None] - images[None]).square().sum(-1).amin(-1) / len(pool.anchors.points)
         i, j = linear_sum_assignment(apart.numpy())
-        if apart[i, j].max() > radius**2:
-            return False
-    return True
+        elsewhere += float(search.shares[rows[0]]) * int((apart[i, j] > radius**2).sum())
+    return elsewhere <= ELSEWHERE
 
 
 def judge(search: Search, parts: PartSet, poses: Tensor, opinion: Opinion | None = None) -> dict[str, Tensor]:

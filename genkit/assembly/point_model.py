@@ -34,7 +34,8 @@ class PointModel:
         denoiser: `forward(sample (B, N, 3), timestep (B,), class_labels (B,)) -> .sample`; its config has `categories`. One with
             latents has `draw(seeds)` and takes them as `context`; one whose config has `part_features` takes those as `parts`.
         scheduler: of the DDPM family (it has `alphas_cumprod`).
-        parts: that the clouds shall be made of, told to a network that takes them; by default none are.
+        parts: that the clouds shall be made of; they tell the scale of a model whose clouds have one area.
+        tell: tell them to a network that takes them.
 
     Raises:
         ValueError: a scheduler of another family.
@@ -43,11 +44,11 @@ class PointModel:
         >>> clouds = PointModel(denoiser, scheduler).generate(8, "chair", points=2048)      # (8, 2048, 3)
     """
 
-    def __init__(self, denoiser: Any, scheduler: Any, parts: PartSet | None = None) -> None:
+    def __init__(self, denoiser: Any, scheduler: Any, parts: PartSet | None = None, *, tell: bool = True) -> None:
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod. Use DDPMScheduler or DDIMScheduler.")
         self.denoiser, self.scheduler = denoiser, scheduler
-        takes = parts is not None and getattr(denoiser.config, "part_features", 0)
+        takes = tell and getattr(denoiser.config, "part_features", 0) > 0
         self.parts = part_features(parts.points, parts.areas) if takes and parts is not None else None
         area = getattr(denoiser.config, "surface_area", None)
         # c, where the parts tell it.

@@ -51,7 +51,10 @@ def assemble(
         option(_WHAT, "Of the reference's lengths, with --units.", show_default="the parts', or others if it is far larger"),
     ] = None,
     hypotheses: Annotated[int, option(_HOW, "Assemblies that are kept.", min=1)] = 16,
-    templates: Annotated[int, option(_HOW, "Samples of the model to assemble on.", min=1)] = 16,
+    templates: Annotated[
+        int | None,
+        option(_HOW, "Samples of the model to assemble on.", min=1, show_default="4 of a model that is told the parts, else 16"),
+    ] = None,
     refine: Annotated[
         int | None, option(_HOW, "Steps of refinement.", min=1, show_default="none after a search, 60 from kept poses")
     ] = None,

@@ -40,7 +40,9 @@ def assemble_eval(
     protocol: Annotated[str, option(_HOW, "strict, dgl or mpa, see genkit.assembly.metrics.")] = "strict",
     preset: Annotated[str, option(_HOW, "search, or paper: the published loop from random poses, without the truth.")] = "search",
     hypotheses: Annotated[int, option(_HOW, "Assemblies of each object.", min=1)] = 16,
-    templates: Annotated[int, option(_HOW, "Samples of the model.", min=1)] = 16,
+    templates: Annotated[
+        int | None, option(_HOW, "Samples of the model.", min=1, show_default="4 of a model that is told the parts, else 16")
+    ] = None,
     seed: Annotated[int, option(_HOW, "Of everything random.", min=0)] = 0,
     out: Annotated[Path | None, option(_WHERE, "JSON file: settings, summary and a row for each object, as they are done.")] = None,
     resume: Annotated[bool, option(_WHERE, "Keep the rows of --out, and do the others.", "--resume")] = False,

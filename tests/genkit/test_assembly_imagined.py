@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 
 from genkit import noise
 from genkit.assembly import PartSet
+from genkit.assembly.descriptors import FEATURES, part_features
 from genkit.assembly.imagined import Opinion, imagine, samples
 from genkit.assembly.plausible import APART, gap, overlap, pulled
 from genkit.assembly.point_model import SURPRISED_AT, PointModel
@@ -90,6 +93,36 @@ def test_every_other_sample_has_as_many_points_as_the_model_was_trained_on() -> 
     assert clouds.shape == (3, 2048, 3)
     assert sorted(set(seen)) == [512, 2048]
     assert torch.equal(samples(exact, 2, "chair", steps=3, seed=0), clouds[:2])
+
+
+class Told(OneCloud):
+    """Notes the parts that it is told."""
+
+    told: ClassVar[list[torch.Tensor | None]] = []
+
+    def forward(self, sample, timestep, class_labels=None, parts=None):
+        self.told.append(parts)
+        return super().forward(sample, timestep, class_labels)
+
+
+def test_a_model_is_told_the_parts_and_they_tell_the_scale() -> None:
+    parts = boxes(0.0, 1.0)
+    net = Told(["chair"], 2048)
+    net.register_to_config(part_features=FEATURES, surface_area=48.0)
+    Told.told.clear()
+    told = PointModel(net, scheduler(), parts)
+    assert told.scale == pytest.approx(2)  # the cubes have an area of 12
+    clouds = samples(told, 2, "chair", steps=2, seed=0)
+    assert clouds.shape == (2, 2048, 3)
+    assert all(torch.equal(seen[0], part_features(parts.points, parts.areas)) for seen in Told.told)
+    silent = PointModel(net, scheduler(), parts, tell=False)
+    Told.told.clear()
+    silent.generate(1, "chair", points=64, steps=2)
+    assert Told.told == [None, None]
+    assert silent.scale == told.scale
+    # What it finds rough counts for more where it knows what the parts can make.
+    scores = {"surprise": 1.0, "overlap": 0.0, "gap": 0.0}
+    assert Opinion(parts, told, "chair").total(0.0, scores) > Opinion(parts, silent, "chair").total(0.0, scores)
 
 
 def test_templates_of_a_model_that_knows_the_shape_are_the_shape() -> None:
