@@ -2,15 +2,16 @@
 
     S_0 = a sample of the category,    g_r = search(S_r),    S_{r+1} = D(Y(g_r); h_r),    h falling
 
-D noises the assembly to the level h and denoises it (SDEdit: Meng et al. 2021, arXiv 2108.01073): it has the parts' own sizes, and
-what is impossible about it goes. Assemblies are compared by
+The model is told the parts, if it takes them (`genkit.assembly.descriptors`). D noises the assembly to the level h and denoises it
+(SDEdit: Meng et al. 2021, arXiv 2108.01073): it has the parts' own sizes, and what is impossible about it goes. Assemblies are
+compared by
 
     F(g) = E(g; S) + w surprise(g) + 0.05 overlap(g) + 0.01 gap(g),      w = 0.1, or 0.02 of a model that is not told the parts
 
 E is the search's energy; surprise the model's error at low noise, |eps - eps_theta|^2, on the same noise for all; the other two
 are those of `genkit.assembly.plausible`. A network that sees the whole set draws the middle of its category where it is given
 many more points than it was trained on, since their noise averages out; with as many as it was trained on, clouds differ as
-furniture does. Half of the samples are of each kind.
+furniture does. Half of the samples of a model that is not told the parts are of each kind.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ class _Idea:
 
 
 def samples(model: PointModel, count: int, category: str | int | None, *, steps: int, seed: int) -> Tensor:
-    """Clouds (count, 2048, 3) of a category, every other one drawn with as many points as the model was trained on."""
+    """Clouds (count, 2048, 3) of a category; every other one drawn with as many points as the model was trained on, if it is not
+    told the parts.
+    """
     size = getattr(model.denoiser.config, "sample_size", None)
     if size is None or size >= POINTS or count == 1 or model.parts is not None:
         return model.generate(count, category, points=POINTS, steps=steps, seed=seed)
