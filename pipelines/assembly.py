@@ -151,9 +151,6 @@ class PartAssemblyPipeline(DiffusionPipeline):
             push_apart = PushApartConfig(legacy=True)
         elif preset is not None:
             raise ValueError(f"Unknown preset {preset!r}. Known: paper.")
-        told = init != "random" and self.denoiser is not None and getattr(self.denoiser.config, "part_features", 0) > 0
-        if num_templates is None:
-            num_templates = 4 if told else 16
         self._check(init, coupling, reference, num_templates, num_hypotheses)
         order = content_order(parts)
         parts = parts[order]
@@ -165,7 +162,9 @@ class PartAssemblyPipeline(DiffusionPipeline):
         if reference is not None:
             templates = self._reference(parts, reference, estimate_scale)
         else:
-            model = self._model(parts, tell=told)
+            model = self._model(parts, tell=init != "random")
+            if num_templates is None:
+                num_templates = 16 if model.parts is None else 4
             drawn = samples(model, num_templates, category, steps=template_steps, seed=seed)
             opinion = Opinion(parts, model, category, float(drawn.square().mean().sqrt()))
             templates = [_in_units(parts, cloud, model.scale) for cloud in drawn]
@@ -260,7 +259,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
     def generate_templates(
         self, count: int, category: str | int | None, *, parts: PartSet | None = None, steps: int = 20, seed: int = 0
     ) -> Tensor:
-        """Clouds (count, 2048, 3) of the model, of unit standard deviation; cloud i is a function of (seed, i).
+        """Clouds (count, 2048, 3) of the model, in its lengths; cloud i is a function of (seed, i).
 
         Args:
             parts: that they shall be made of, if the model takes them.
@@ -272,10 +271,10 @@ class PartAssemblyPipeline(DiffusionPipeline):
             raise ValueError("There is no model here. Give a reference (a scan or a mesh), or a pipeline with a denoiser.")
         return PointModel(self.denoiser, self.scheduler, parts, tell=tell)
 
-    def _check(self, init: str, coupling: str, reference: Any, num_templates: int, num_hypotheses: int) -> None:
+    def _check(self, init: str, coupling: str, reference: Any, num_templates: int | None, num_hypotheses: int) -> None:
         if init not in ("search", "random", "given"):
             raise ValueError(f"Unknown init {init!r}. Known: search, random, given.")
-        if num_templates < 1 or num_hypotheses < 1:
+        if num_hypotheses < 1 or (num_templates is not None and num_templates < 1):
             raise ValueError(f"num_templates={num_templates} and num_hypotheses={num_hypotheses} must be at least 1.")
         if reference is None or coupling == "index":
             self._model()
