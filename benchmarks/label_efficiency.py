@@ -28,15 +28,15 @@ CROP = 0.3  # SimCLR's views: how much of a side may be cut away
 
 
 class Classifier(nn.Module):
-    """A backbone, its pooled last map, a linear layer."""
+    """A backbone, the means of its levels, a linear layer."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(backbone.levels[-1][0], CLASSES["classification"])
+        self.head = nn.Linear(sum(shape[0] for shape in backbone.levels), CLASSES["classification"])
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.head(self.backbone(pictures)[-1].mean((2, 3)))
+        return self.head(torch.cat([level.mean((2, 3)) for level in self.backbone(pictures)], 1))
 
 
 class Segmenter(nn.Module):

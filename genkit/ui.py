@@ -190,7 +190,7 @@ def _sample_tab(gr: Any, run: Any, models: list[str]) -> None:
             model = gr.Dropdown(models, value=models[0], label="Model")
             guidance = gr.Textbox("", label="Guidance", placeholder="classifier:label=seven,scale=2 discriminator:scale=1")
             with gr.Row():
-                cfg = gr.Slider(1, 8, 3, step=0.5, label="Classifier-free guidance")
+                cfg = gr.Slider(1, 8, 3, step=0.5, label="CFG scale")
                 steps = gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps")
             with gr.Row():
                 count = gr.Slider(1, MOST_IMAGES, 8, step=1, label="Images")

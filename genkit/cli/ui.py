@@ -18,7 +18,7 @@ def ui(
     """Sample with guidance, classify, detect and assemble in the browser, with the embedded models.
 
     The page is for this machine alone (127.0.0.1), and nothing leaves it. Stop it with Ctrl-C. Needs gradio:
-    pip install 'genkit-diffusion[ui]'.
+    pip install 'genkit-diffusion\\[ui]'.
 
     Example:
 

@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from genkit.cli.app import app
+from tests.processes import two_processes
 
 SHORT = ("--backbone", "resnet10t", "--size", 32, "--steps", 2, "--batch", 4, "--warmup", 1, "--device", "cpu")
 
@@ -81,3 +82,17 @@ def test_labels_of_a_few(photos: Path, tiny_folder: Path, tmp_path: Path, monkey
 def test_what_is_refused(arguments: tuple[object, ...], message: str, tiny_folder: Path, tmp_path: Path) -> None:
     given = ["--data", "digits", "--count", 8, "--teacher", tiny_folder, "--out", tmp_path / "run", *SHORT, *arguments]
     assert message in genkit(*given, code=2).stderr
+
+
+def test_two_processes_train_one_backbone(photos: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Not that of one process: noise and the statistics of BatchNorm are those of each one's part of the batch."""
+    run = tmp_path / "run"
+    line = ["--data", photos / "photos", "--teacher", tiny_folder, "--out", run, *SHORT, "--steps", 50]
+    code, stdout, stderr = two_processes(["train", "dreamteacher", *map(str, line), "--json"])
+    assert code == 0, stderr
+    assert json.loads(stdout)["pictures"] == 8
+    first, second = (json.loads((run / "training" / name).read_text()) for name in ("log.jsonl", "log1.jsonl"))
+    assert first["step"] == second["step"] == 50
+    assert first["loss"] != second["loss"]  # each had another part of the batch
+    timm.create_model(f"local-dir:{run / 'backbone'}", pretrained=True, num_classes=2)
+    assert "Trained resnet10t" in genkit(*line, "--resume").stdout

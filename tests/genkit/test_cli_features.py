@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -153,3 +154,15 @@ def test_two_processes_make_what_one_makes(photos: Path, tiny_folder: Path, tmp_
     genkit(*line, tmp_path / "one")
     one, two = (np.load(tmp_path / name / "mid.npy") for name in ("one", "two"))
     assert np.abs(one.astype(float) - two.astype(float)).max() <= 2e-3
+
+
+def test_two_processes_train_the_probe_of_one(photos: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    line = ["train", "probe", "--data", str(photos), "--model", str(tiny_folder), "--taps", "mid", "--t", "20", "--device", "cpu"]
+    code, stdout, stderr = two_processes([*line, "--out", str(tmp_path / "two"), "--json"])
+    assert code == 0, stderr
+    assert json.loads(stdout)["images"] == 12
+    genkit(*line, "--out", tmp_path / "one")
+    denoiser = load(str(tiny_folder)).denoiser
+    one, two = (Probe.load(tmp_path / name, denoiser).head.state_dict() for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
