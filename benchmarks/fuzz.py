@@ -1,11 +1,12 @@
 """Every reader of genkit on damaged and hostile inputs: what is raised, how much memory and time it takes.
 
-    python benchmarks/fuzz.py [--count 100000] [--readers NAME ...] [--out benchmarks/results/fuzz.json] [--keep DIR]
+    python benchmarks/fuzz.py [--count 100000] [--readers NAME ...] [--resume] [--out benchmarks/results/fuzz.json] [--keep DIR]
 
 Each reader runs in a process of its own, whose peak memory (resident, with all it imports) and whose exit are told. A tenth of its
 inputs is made by hypothesis, the rest by changes of valid files from a fixed seed; `tests/fuzz.py` says how, `tests/readers.py` has
 the readers. An error that the reader's docstring does not name, a crash, or an input that takes more than 10 s counts as
-undocumented and makes the exit code 1; `--keep` writes such inputs to a folder.
+undocumented and makes the exit code 1; `--keep` writes such inputs to a folder. A reader's row is written as soon as it is there,
+and `--resume` measures only those that have none yet with as many inputs.
 """
 
 from __future__ import annotations
@@ -105,12 +106,20 @@ def report(results: dict[str, dict[str, Any]]) -> None:
             console.print(f"{name}: {error} ({times} times)", markup=False)
 
 
+def write(out: Path, count: int, results: dict[str, dict[str, Any]]) -> None:
+    """The JSON."""
+    machine = {"platform": platform.platform(), "python": platform.python_version()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine": machine, "count": count, "readers": results}, indent=2) + "\n")
+
+
 def main() -> None:
     """Measure, print the table, write the JSON."""
     sys.path.insert(0, str(ROOT))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100_000, help="inputs of each reader")
     parser.add_argument("--readers", nargs="*", help="some of them; all by default")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     parser.add_argument("--keep", type=Path, help="folder for inputs that raise an undocumented error")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fuzz.json"))
     parser.add_argument("--only", help=argparse.SUPPRESS)
@@ -122,14 +131,17 @@ def main() -> None:
         return
     from tests.readers import READERS
 
-    results = {}
-    for name in arguments.readers or READERS:
-        results[name] = in_process(name, arguments.count, arguments.keep)
-        print(f"{name}: {results[name]['undocumented']} undocumented", file=sys.stderr)
+    wanted = arguments.readers or list(READERS)
+    results: dict[str, dict[str, Any]] = {}
+    if arguments.resume and arguments.out.exists():
+        before = json.loads(arguments.out.read_text())["readers"]
+        results = {name: row for name, row in before.items() if name in READERS and row["inputs"] >= arguments.count}
+    for name in wanted:
+        if name not in results:
+            results[name] = in_process(name, arguments.count, arguments.keep)
+            print(f"{name}: {results[name]['undocumented']} undocumented", file=sys.stderr, flush=True)
+            write(arguments.out, arguments.count, {name: results[name] for name in READERS if name in results})
     report(results)
-    machine = {"platform": platform.platform(), "python": platform.python_version()}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine, "count": arguments.count, "readers": results}, indent=2) + "\n")
     if any(row["undocumented"] for row in results.values()):
         raise SystemExit(1)
 
