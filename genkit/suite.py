@@ -8,7 +8,7 @@
                 where in them the figures begin
     figures     `name`, `command`, `path` (several are averaged), perhaps `over` (the path of a divisor), `value`, `low`, `high`,
                 `interval` (its kind and, for shares, of how many), perhaps `baseline` (another figure's name), and `shown`: how a
-                document shows it, with the value in Python's format (`scale` 100 for per cent)
+                document shows it, with the value in Python's format (`scale` 100 for per cent); several where several do
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Figure:
     low: float
     high: float
     interval: str
-    shown: str
+    shown: str | tuple[str, ...]
     over: tuple[Any, ...] = ()
     baseline: str | None = None
     scale: float = 1.0
@@ -78,9 +78,9 @@ class Figure:
         """What `genkit eval suite --json` says of a value."""
         return {"name": self.name, "value": value, "low": self.low, "high": self.high, "ok": self.low <= value <= self.high}
 
-    def text(self, value: float) -> str:
-        """How a document shows a value."""
-        return self.shown.format(value * self.scale)
+    def texts(self, value: float) -> list[str]:
+        """How documents show a value."""
+        return [shown.format(value * self.scale) for shown in ([self.shown] if isinstance(self.shown, str) else self.shown)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,9 +92,9 @@ def _not_shown(table: Suite, figures: list[Figure]) -> list[str]:
     text = table.documents()
     found = []
     for figure in figures:
-        shown = " ".join(figure.text(table.recorded(figure)).split())
-        if shown not in text:
-            found.append(f"{figure.name}: neither the README nor a page has {shown!r}.")
+        for shown in (" ".join(shown.split()) for shown in figure.texts(table.recorded(figure))):
+            if shown not in text:
+                found.append(f"{figure.name}: neither the README nor a page has {shown!r}.")
     return found
 
 

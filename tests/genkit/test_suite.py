@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,21 @@ class TestOurs:
         assert len(found) > 100
         assert all(row["ok"] for row in found)
         assert all(set(row) == {"name", "value", "low", "high", "ok"} for row in found)
+
+    def test_every_figure_of_the_readme_is_in_the_table(self) -> None:
+        """Of the table of figures: a number is that of a figure which is shown in the row."""
+        table, readme = Suite.load(ROOT), (ROOT / "README.md").read_text(encoding="utf-8")
+        lines = readme.split("| what | against | genkit | command |\n|---|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+        assert len(lines) >= 10
+        for line in lines:
+            numbers = set(re.findall(r"\d[\d,.]*\d|\d", "|".join(line.split("|")[2:4])))
+            for figure in table.figures:
+                value = table.recorded(figure)
+                shown = [figure.shown] if isinstance(figure.shown, str) else figure.shown
+                for text, pattern in zip(figure.texts(value), shown, strict=True):
+                    if text in line:
+                        numbers.discard(re.findall(r"\{[^}]*\}", pattern)[0].format(value * figure.scale))
+            assert not numbers, line
 
     def test_values_and_intervals_are_those_that_the_table_explains(self) -> None:
         table = Suite.load(ROOT)
@@ -141,6 +157,11 @@ class TestAny:
         (checkout / "README.md").write_text("It reads 51.0 % right, guided 1.6 times as many.")
         result = suite("--checkout", checkout, "--recorded", code=1)
         assert "plain: neither the README nor a page has 'reads 50.0 %'" in result.stderr
+        change(checkout, shown=["reads {:.0f}", "has {:.1f} %"])  # in two places, of which the second lacks it
+        (checkout / "README.md").write_text("It reads 50, guided 1.6 times as many.")
+        result = suite("--checkout", checkout, "--recorded", code=1)
+        assert "plain: neither the README nor a page has 'has 50.0 %'" in result.stderr
+        assert "reads 50" not in result.stderr
 
     def test_a_plan_is_only_a_plan(self, checkout: Path) -> None:
         assert "python printed.py {place}" in suite("--checkout", checkout, "--dry-run").stdout
