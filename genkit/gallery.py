@@ -28,8 +28,8 @@ class Gallery:
 
     Args:
         folder: created if needed.
-        shards: spread the images over 256 folders below it, by the first two digits of their recipe's hash, since a folder of
-            very many files is slow. Which one does not depend on what else is made.
+        shards: spread the images, and their heat maps, over 256 folders each, by the first two digits of their recipe's hash, since
+            a folder of very many files is slow. Which one does not depend on what else is made.
 
     Raises:
         OSError: the folder is a file, or cannot be written.
@@ -42,11 +42,14 @@ class Gallery:
 
     def path(self, recipe: Recipe) -> Path:
         """Where the recipe's PNG goes."""
-        return (self.folder / recipe.hash[:2] if self.shards else self.folder) / f"{recipe.name}.png"
+        return self._place(self.folder, recipe)
 
     def heatmaps(self, recipe: Recipe) -> Path:
         """Where the recipe's heat maps go: this sheet, and beside it the arrays (.npz)."""
-        return self.folder / HEATMAPS / f"{recipe.name}.png"
+        return self._place(self.folder / HEATMAPS, recipe)
+
+    def _place(self, folder: Path, recipe: Recipe) -> Path:
+        return (folder / recipe.hash[:2] if self.shards else folder) / f"{recipe.name}.png"
 
     def has(self, recipe: Recipe, watch: Watch | None = None) -> bool:
         """Whether the recipe's image, its side-car and what was to be recorded are there, and belong to this very recipe."""

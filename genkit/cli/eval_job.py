@@ -229,8 +229,6 @@ def open_sample(folder: str, *, count: int | None = None, seed: int = 0, only: s
     Raises:
         ValueError, FileNotFoundError: no images, or fewer than `count`.
     """
-    from genkit.gallery import HEATMAPS, SHEET
-
     path = Path(folder)
     source = open_source(path)
     names = source.names or []
@@ -238,8 +236,6 @@ def open_sample(folder: str, *, count: int | None = None, seed: int = 0, only: s
     rows = list(range(len(source)))
     if only is not None:
         rows = [row for row in rows if names[row] in only]
-    elif any(recipes):
-        rows = [row for row in rows if names[row] != SHEET and not names[row].startswith(f"{HEATMAPS}/")]
     if count is not None and count > len(rows):
         raise ValueError(f"{folder!r} has {len(rows)} images, fewer than --count {count}.")
     if count is not None:
@@ -279,13 +275,11 @@ def open_reference(name: str, size: int) -> ImageSource:
 
 def _recipe(file: Path) -> Any:
     """The recipe that an image carries, or None."""
-    from genkit.images import read_text
-    from genkit.recipe import CHUNK, Recipe
+    from genkit.recipe import read_recipe
 
     if file.suffix.lower() == ".png":
         with suppress(ValueError, OSError):
-            if (text := read_text(file).get(CHUNK)) is not None:
-                return Recipe.from_json(text)
+            return read_recipe(file)
     return None
 
 

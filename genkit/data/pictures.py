@@ -6,6 +6,7 @@ then the centre.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import warnings
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ def find_pictures(paths: Iterable[str | Path]) -> list[Path]:
     """The image files of files, folders (searched recursively) and glob patterns, each file once.
 
     Arguments keep their order; what one folder or pattern holds is sorted. A file that is named counts whatever its suffix, in a
-    folder those in `SUFFIXES` do. Hidden files are passed over.
+    folder those in `SUFFIXES` do. Hidden files are passed over, and in a folder of `genkit sample` its contact sheet and heat maps.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or the pattern matches none.
@@ -49,7 +50,7 @@ def _expand(name: str) -> list[Path]:
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != ".")
         if not files:
             raise ValueError(f"{name!r} holds no images ({', '.join(SUFFIXES)}).")
-        return files
+        return _without_sheets(path, files)
     if path.exists():
         return [path]
     if not glob.has_magic(name):
@@ -58,6 +59,30 @@ def _expand(name: str) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"No file matches {name!r}.")
     return files
+
+
+def _without_sheets(root: Path, files: list[Path]) -> list[Path]:
+    """Without what `genkit sample` draws of its images beside them (a contact sheet, heat maps); a recipe tells its folders."""
+    from genkit.gallery import HEATMAPS, SHEET
+
+    owners: dict[Path, Path] = {}
+    for file in files:
+        maps = next((p for p in file.parents if p.name == HEATMAPS and root in p.parents), None)
+        if maps is not None or file.name == SHEET:
+            owners[file] = file.parent if maps is None else maps.parent
+    images = [file for file in files if file not in owners and file.suffix.lower() == ".png"]
+    made = {owner for owner in set(owners.values()) if _carries_recipe(next((i for i in images if owner in i.parents), None))}
+    return [file for file in files if owners.get(file) not in made]
+
+
+def _carries_recipe(file: Path | None) -> bool:
+    from genkit.recipe import read_recipe
+
+    if file is not None:
+        with contextlib.suppress(ValueError, OSError):
+            read_recipe(file)
+            return True
+    return False
 
 
 def read_picture(file: str | Path) -> tuple[Image.Image, list[str]]:

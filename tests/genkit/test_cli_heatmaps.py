@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from genkit.attention.bench import NOT_RUN, SHAPES
 from genkit.cli.app import app
+from genkit.data.pictures import find_pictures
 
 PROMPT = "a red seven on paper"
 
@@ -62,6 +63,17 @@ def test_entropies_are_in_the_side_car(made: tuple[Path, dict]) -> None:
         assert 0 < found["mean"] <= 1
         assert len(found["modules"]) == 8
         assert all(0 <= row["entropy"] <= np.log(row["keys"]) + 1e-4 for row in found["modules"].values())
+
+
+def test_shards_hold_the_same_maps(made: tuple[Path, dict], tiny_folder: Path, tmp_path: Path) -> None:
+    line = ("sample", PROMPT, "blue cat", "--model", tiny_folder, "--seeds", "0-1", "--steps", 2, "--out", tmp_path, "--heatmaps")
+    found = json.loads(genkit(*line, "--attention-entropy", "--shards", "--json").stdout)["images"]
+    for entry, whole in zip(found, made[1]["images"], strict=True):
+        shard = Path(entry["file"]).parent.name
+        assert Path(entry["heatmaps"]) == tmp_path / "heatmaps" / shard / Path(whole["file"]).name
+        assert Path(entry["heatmaps"]).with_suffix(".npz").read_bytes() == Path(whole["heatmaps"]).with_suffix(".npz").read_bytes()
+    assert all(entry["resumed"] for entry in json.loads(genkit(*line, "--shards", "--resume", "--json").stdout)["images"])
+    assert len(find_pictures([tmp_path])) == len(found)  # a command that reads the folder sees no map in it
 
 
 def test_resume_makes_what_has_no_heat_maps_yet(tiny_folder: Path, tmp_path: Path) -> None:
