@@ -8,7 +8,6 @@ The backbones are pretrained on the training digits without labels (16,000 pictu
     random                  not pretrained: fine-tuned, it is supervised learning from scratch
     features                the teacher's features
     mix-classes, mix-masks  and soft labels of an interpreter that knows the classes, or the label maps, of 40 pictures
-    mix-classes-400         of the 400 pictures of a draw, which it is then fine-tuned with; pretrained anew for each draw
     simclr                  contrastive learning for as many steps; simclr-time for as many seconds as `features` took
 
 Labels are those of 1 %, 10 % and 100 % of the 4,000 digits, drawn `--draws` times; the test is on 1,000 held-out digits. A probe is
@@ -54,9 +53,8 @@ from genkit.training import TrainConfig
 COUNTS = {"1 %": 40, "10 %": 400, "100 %": 4000}
 TASKS = {"classification": "accuracy", "segmentation": "miou"}
 KINDS = "step,pretrain,probe,classification,segmentation"
-CONTENDERS = ("random", "features", "mix-classes", "mix-masks", "mix-classes-400", "simclr", "simclr-time")
-MIXES = {"mix-classes": ("classification", 40), "mix-masks": ("segmentation", 40), "mix-classes-400": ("classification", 400)}
-DRAWN = {"mix-classes-400": ("classification", "10 %")}  # whose labels are those of a draw, and what they are fine-tuned for
+CONTENDERS = ("random", "features", "mix-classes", "mix-masks", "simclr", "simclr-time")
+MIXES = {"mix-classes": "classification", "mix-masks": "segmentation"}
 TUNED = [
     ("segmentation", "1 %"), ("classification", "10 %"), ("classification", "1 %"), ("segmentation", "10 %"),
     ("classification", "100 %"), ("segmentation", "100 %"),

@@ -24,6 +24,7 @@ from genkit.features.linear import fit_linear_probe
 from genkit.training import TrainConfig, fit
 
 CLASSES = {"classification": 10, "segmentation": 11}
+SMOOTHING = 0.1  # of labels in fine-tuning (Szegedy et al. 2016, arXiv 1512.00567)
 CROP = 0.3  # SimCLR's views: how much of a side may be cut away
 
 
@@ -149,7 +150,8 @@ def tuned(
         pictures = source.images([rows[i] for i in chosen.tolist()], backbone.size).to(device)
         chosen = chosen.to(device)
         pictures, masks = moved(pictures, labels[chosen] if dense else None, generator)
-        return label_loss(model(pictures).float(), labels[chosen] if masks is None else masks)
+        logits = model(pictures).float()
+        return label_loss(logits, masks) if dense else F.cross_entropy(logits, labels[chosen], label_smoothing=SMOOTHING)
 
     return fit(model, loss, config, folder, name=task, resume=True, device=str(device))
 

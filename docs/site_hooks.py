@@ -57,7 +57,11 @@ def on_page_content(content: str, **kwargs: Any) -> str:
 
     def mathml(match: re.Match[str]) -> str:
         display = match[1] == "div"
-        return convert(html.unescape(match[3] if display else match[2]), display="block" if display else "inline")
+        tex = html.unescape(match[3] if display else match[2])
+        found = convert(tex, display="block" if display else "inline")
+        if "\\" in found:  # a command that it does not know is left as it is
+            raise PluginError(f"TeX that latex2mathml does not know, in {kwargs['page'].file.src_uri}: {tex}")
+        return found
 
     return _MATH.sub(mathml, content)
 
