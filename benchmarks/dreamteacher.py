@@ -12,9 +12,10 @@ The backbones are pretrained on the training digits without labels (16,000 pictu
 
 Labels are those of 1 %, 10 % and 100 % of the 4,000 digits, drawn `--draws` times; the test is on 1,000 held-out digits. A probe is
 ridge regression on the frozen backbone's levels, pooled to 4 x 4 places. Fine-tuning trains everything, with a fresh linear layer
-on the means of the levels; all have the same augmentation, steps and learning rate. Segmentation tells for each pixel paper from
-ten digits. A row is written as soon as it is there, and an interrupted run goes on where it stopped. `--sweep` pretrains with one
-setting changed at a time, for fewer steps, and probes.
+on the means of the levels; all have the same augmentation and steps, and each contender that learning rate of `RATES` which is best
+on 1,000 other training digits, for other draws of labels (`VALIDATED`). Segmentation tells for each pixel paper from ten digits, at
+one rate. A row is written as soon as it is there, and an interrupted run goes on where it stopped. `--sweep` pretrains with
+one setting changed at a time, for fewer steps, and probes.
 Several processes can share the work, each with its own `--contenders`, `--work` and `--out`; `--merge` puts their rows together;
 `--plot FILE` draws the label-efficiency curves.
 """
@@ -60,6 +61,7 @@ TUNED = [
     ("classification", "100 %"), ("segmentation", "100 %"),
 ]  # fmt: skip
 STEPS = {"1 %": 300, "10 %": 400, "100 %": 800}
+RATES, VALIDATED, VALIDATION = (3e-3, 6e-3), (10, 11), 1000
 # Of 3e-4, 1e-3 and 3e-3 the last is best from scratch, and for segmentation with pretraining too.
 TUNE = TrainConfig(steps=1, batch_size=40, lr=3e-3, warmup=20, weight_decay=0.05, ema_decay=0.0, checkpoint_seconds=600)
 
@@ -159,12 +161,30 @@ class Bench:
 
     def tune(self, name: str, task: str, key: str, draw: int) -> dict[str, Any]:
         """Figures of a contender, fine-tuned on a draw of labels."""
+        return self._tuned(name, task, key, draw, self.rate(name) if task == "classification" else TUNE.lr, self.test)
+
+    def rate(self, name: str) -> float:
+        """The learning rate of a contender's fine-tuning for classification."""
+        found = {
+            lr: [self.row(f"rate {name} {lr:g} {draw}", lambda a=(lr, draw): self._validate(name, *a)) for draw in VALIDATED]
+            for lr in RATES
+        }
+        return max(found, key=lambda lr: sum(row["accuracy"] for row in found[lr]))
+
+    def _validate(self, name: str, lr: float, draw: int) -> dict[str, Any]:
+        """Accuracy on training digits whose labels were not drawn."""
+        drawn = set(label_rows(self.train, COUNTS["10 %"], draw, "classification"))
+        others = [row for row in range(len(self.train)) if row not in drawn]
+        chosen = torch.randperm(len(others), generator=torch.Generator().manual_seed(draw))[:VALIDATION].tolist()
+        return self._tuned(name, "classification", "10 %", draw, lr, self.train.subset([others[i] for i in sorted(chosen)]))
+
+    def _tuned(self, name: str, task: str, key: str, draw: int, lr: float, test: ImageSource) -> dict[str, Any]:
         rows = label_rows(self.train, COUNTS[key], draw, task)
-        config = dataclasses.replace(TUNE, steps=STEPS[key] // self.short, seed=draw)
-        folder = self.work / "tuned" / f"{name}-{task}-{COUNTS[key]}-{draw}"
-        figures = measure(tuned(self.backbone(name), task, self.train, rows, config, folder), task, self.test)
+        config = dataclasses.replace(TUNE, steps=STEPS[key] // self.short, seed=draw, lr=lr)
+        folder = self.work / "tuned" / f"{name}-{task}-{COUNTS[key]}-{draw}-{lr:g}"
+        figures = measure(tuned(self.backbone(name), task, self.train, rows, config, folder), task, test)
         (folder / "checkpoint.pt").unlink()  # the row is what is kept
-        return figures
+        return {**figures, "lr": lr}
 
     def run(self, only: list[str]) -> None:
         """All rows of the kinds in `only`, the ones that matter most first."""

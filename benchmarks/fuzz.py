@@ -6,7 +6,7 @@ Each reader runs in a process of its own, whose peak memory (resident, with all 
 inputs is made by hypothesis, the rest by changes of valid files from a fixed seed; `tests/fuzz.py` says how, `tests/readers.py` has
 the readers. An error that the reader's docstring does not name, a crash, or an input that takes more than 10 s counts as
 undocumented and makes the exit code 1; `--keep` writes such inputs to a folder. A reader's row is written as soon as it is there,
-and `--resume` measures only those that have none yet with as many inputs.
+and `--resume` measures only those that have none yet with as many inputs and without a fault.
 """
 
 from __future__ import annotations
@@ -135,7 +135,10 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     if arguments.resume and arguments.out.exists():
         before = json.loads(arguments.out.read_text())["readers"]
-        results = {name: row for name, row in before.items() if name in READERS and row["inputs"] >= arguments.count}
+        results = {
+            name: row for name, row in before.items()
+            if name in READERS and row["inputs"] >= arguments.count and not row["undocumented"]
+        }  # fmt: skip
     for name in wanted:
         if name not in results:
             results[name] = in_process(name, arguments.count, arguments.keep)

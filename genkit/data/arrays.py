@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genkit.data.npy import read_header
+from genkit.data.npy import read_header, texts_of
 from genkit.data.pictures import fit_picture
 from genkit.data.source import ImageSource
 
@@ -32,14 +32,15 @@ def open_arrays(file: Path, count: int | None = None) -> ImageSource:
             shapes = {name.removesuffix(".npy"): _shape(archive, name) for name in archive.namelist() if name.endswith(".npy")}
         with np.load(file, allow_pickle=False) as content:
             pictures = content[_chosen(file, shapes)]
-            captions, labels = (content[name].tolist() if name in shapes else None for name in ("captions", "labels"))
+            captions = texts_of(content["captions"]) if "captions" in shapes else None
+            labels = _labels(content["labels"]) if "labels" in shapes else None
     except _BROKEN as error:
         if str(error).startswith(repr(str(file))):
             raise
         raise ValueError(f"{str(file)!r} cannot be read as .npz ({str(error) or type(error).__name__}).") from error
     array = _as_bytes(file, pictures)
     for name, values in (("captions", captions), ("labels", labels)):
-        if values is not None and (not isinstance(values, list) or len(values) != len(array)):
+        if values is not None and len(values) != len(array):
             raise ValueError(f"{str(file)!r} has {len(array)} pictures, but not as many {name}.")
     rows = [i % len(array) for i in range(count or len(array))]
 
@@ -47,11 +48,18 @@ def open_arrays(file: Path, count: int | None = None) -> ImageSource:
         return torch.stack([fit_picture(Image.fromarray(array[rows[i]]), size) for i in chosen])
 
     return ImageSource(
-        file.stem, load, rows, None if captions is None else [str(captions[i]) for i in rows],
-        None if labels is None else [value if isinstance(value := labels[i], str) else int(value) for i in rows],
+        file.stem, load, rows, None if captions is None else [captions[i] for i in rows],
+        None if labels is None else [labels[i] for i in rows],
         [f"{file.name} {i}" for i in rows], lambda row: (array.shape[1], array.shape[2]),
         contents=lambda row: array[rows[row]].tobytes(),
     )  # fmt: skip
+
+
+def _labels(array: np.ndarray) -> list[str] | list[int]:
+    """Names or numbers of classes (N,)."""
+    if array.ndim == 1 and array.dtype.kind in "biuf" and not (array % 1).any():  # NaN and infinity have a rest
+        return [int(value) for value in array]
+    return texts_of(array)
 
 
 def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:

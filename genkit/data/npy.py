@@ -65,6 +65,20 @@ def parse_npy(content: bytes) -> np.ndarray:
     return flat.reshape(shape, order="F" if fortran else "C").copy()
 
 
+def texts_of(array: np.ndarray) -> list[str]:
+    """The texts of an array (N,) of them.
+
+    Raises:
+        ValueError: they are none, or hold what is no character.
+    """
+    if array.ndim != 1 or array.dtype.kind != "U":
+        raise ValueError(f"texts were expected, not {array.shape} of {array.dtype}")
+    try:
+        return array.tolist()
+    except (ValueError, SystemError) as error:
+        raise ValueError("a text holds a number that is no character") from error
+
+
 def read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether in Fortran's order, and dtype of a `.npy` file; the stream is then at its numbers.
 

@@ -2,7 +2,8 @@
 
 `{Chair,Table,Lamp}.{train,val,test}.npy` hold numbers of shapes; `shape_data/{id}_level{L}.npy` and
 `contact_points/pairs_with_contact_points_{id}_level{L}.npy` are pickles, which could run anything. They are read by an unpickler
-that knows numpy arrays and plain values only, and only if that is allowed; what was read is kept as `.npz`, which is no pickle.
+that knows arrays and plain values only (`genkit.data.array_pickle`), and only if that is allowed; what was read is kept as `.npz`,
+which is no pickle.
 
 Fields of a shape: `part_pcs` (P, N, 3) in each part's frame, `part_poses` (P, 7) = translation and quaternion (w, x, y, z), or
 (P, 4, 4); `part_ids` (P,), `geo_part_ids` (P,), `sym` (P, 3), `contacts` (P, P, 4) with the point on part i in the frame of i.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,26 +28,14 @@ from torch import Tensor
 from genkit.assembly.equivalence import geometry_classes
 from genkit.assembly.parts import MOST_PARTS, SURFACE, PartSet, content_seed
 from genkit.assembly.rigid import matrix_to_quaternion, pose_matrix, quaternion_to_matrix
-from genkit.data.npy import parse_npy, read_header, read_npz
+from genkit.data import array_pickle
+from genkit.data.npy import parse_npy, read_header, read_npz, texts_of
 from genkit.errors import unknown
 
 CATEGORIES = ("Chair", "Table", "Lamp")
 SPLITS = ("train", "val", "test")
 MOST_BYTES = 64 * 2**20  # of a shape's file
 MOST_UNPACKED = 256 * 2**20
-_PLAIN = {
-    ("builtins", name) for name in ("list", "dict", "tuple", "set", "int", "float", "bool", "complex", "str", "bytes", "slice")
-} | {("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype")}
-_PLAIN |= {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows arrays and plain values, nothing that could act."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _PLAIN:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
 
 
 def read_pickled_array(file: Path, *, allow_pickle: bool) -> Any:
@@ -66,7 +54,7 @@ def read_pickled_array(file: Path, *, allow_pickle: bool) -> Any:
         shape, _, dtype = read_header(stream)
         if not dtype.hasobject:
             return parse_npy(stream.getvalue())
-        content = _Unpickler(stream).load() if allow_pickle else None
+        content = array_pickle.load(stream) if allow_pickle else None
     except Exception as error:  # whatever a damaged pickle makes of its few functions
         raise ValueError(f"{str(file)!r} is damaged, or a pickle of more than arrays and plain values: {error!s:.200}.") from error
     if not allow_pickle:
@@ -102,7 +90,7 @@ def read_arrays(path: Path, *, truth: bool = True, allow_pickle: bool = False, *
 def from_fields(content: dict[str, Any], *, name: str = "the shape", truth: bool = True, **fields: Any) -> PartSet:
     """Parts of the benchmark's fields; `read_arrays` has the arguments."""
     points = _numbers(content["part_pcs"], "part_pcs", name).astype(np.float32)
-    if points.ndim != 3 or points.shape[-1] != 3:
+    if points.ndim != 3 or points.shape[-1] != 3 or not points.shape[1]:
         raise ValueError(f"`part_pcs` of {name} is {points.shape}. It must be (parts, points, 3).")
     if not 2 <= len(points) <= MOST_PARTS:
         raise ValueError(f"{name} has {len(points)} parts. An assembly has 2 to {MOST_PARTS}.")
@@ -111,7 +99,8 @@ def from_fields(content: dict[str, Any], *, name: str = "the shape", truth: bool
     if content.get("part_poses") is None:
         return PartSet.from_clouds(list(points), _names(content, len(points), name), truth=truth, **fields)
     fields.pop("seed", None)
-    cloud, poses = _rectified(torch.from_numpy(points), _poses(_numbers(content["part_poses"], "part_poses", name), name))
+    poses = _poses(_numbers(content["part_poses"], "part_poses", name), len(points), name)
+    cloud, poses = _rectified(torch.from_numpy(points), poses)
 
     def tensor(key: str, dtype: torch.dtype) -> Tensor | None:
         return None if content.get(key) is None else torch.from_numpy(_numbers(content[key], key, name)).to(dtype)
@@ -217,14 +206,19 @@ def _numbers(value: Any, key: str, name: str) -> np.ndarray:
 def _names(content: dict[str, Any], count: int, name: str) -> tuple[str, ...] | None:
     if "names" not in content:
         return None
-    names = np.asarray(content["names"])
-    if names.shape != (count,):
-        raise ValueError(f"`names` of {name} is {names.shape}, but there are {count} parts.")
-    return tuple(map(str, names))
+    try:
+        names = texts_of(np.asarray(content["names"]))
+    except ValueError as error:
+        raise ValueError(f"`names` of {name} are no names ({error}).") from error
+    if len(names) != count:
+        raise ValueError(f"{name} has {len(names)} names, but {count} parts.")
+    return tuple(names)
 
 
-def _poses(values: np.ndarray, name: str) -> Tensor:
+def _poses(values: np.ndarray, count: int, name: str) -> Tensor:
     poses = torch.from_numpy(values.astype(np.float64))
+    if poses.ndim and len(poses) != count:
+        raise ValueError(f"{name} has {len(poses)} `part_poses`, but {count} parts.")
     if not torch.isfinite(poses).all():
         raise ValueError(f"`part_poses` of {name} has NaN or infinite numbers.")
     if poses.ndim == 2 and poses.shape[1] == 7:

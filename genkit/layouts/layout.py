@@ -45,7 +45,9 @@ class Layout:
 def check_box(box: Sequence[float]) -> None:
     """Raise ValueError for a box that is not x0 < x1, y0 < y1 within 0 to 1."""
     try:
-        values = [float(value) for value in box if not isinstance(value, str)]
+        if any(isinstance(value, str) for value in box):
+            raise TypeError
+        values = [float(value) for value in box]
     except (TypeError, OverflowError, ValueError):
         raise ValueError(f"The box {box!s:.80} is not four numbers. Give x0, y0, x1, y1 from 0 to 1.") from None
     shown = ", ".join(f"{value:g}" for value in values)

@@ -42,6 +42,9 @@ def as_bytes(images: torch.Tensor) -> np.ndarray:
     return ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
+NO_TEXT = np.frombuffer(b"\xff\xff\xff\xff", "<U1")
+
+
 @pytest.fixture(scope="module")
 def batch() -> digits.DigitBatch:
     return digits.draw("train", COUNT, seed=5)
@@ -221,6 +224,15 @@ class TestBadInput:
             ({"images": np.full((4, 8, 8, 3), 200.0)}, "numbers from 200 to 200"),
             ({"images": np.full((4, 8, 8, 3), np.nan)}, "numbers from -inf to inf"),
             ({"images": np.zeros((4, 8, 8, 3), np.uint8), "labels": np.zeros(3, int)}, "4 pictures, but not as many labels"),
+            (
+                {"images": np.zeros((4, 8, 8, 3), np.uint8), "labels": np.zeros((4, 1), int)},
+                "texts were expected, not (4, 1) of int64",
+            ),
+            (
+                {"images": np.zeros((4, 8, 8, 3), np.uint8), "labels": np.full(4, np.nan)},
+                "texts were expected, not (4,) of float64",
+            ),
+            ({"images": np.zeros((4, 8, 8, 3), np.uint8), "captions": NO_TEXT.repeat(4)}, "a number that is no character"),
             ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, "has no array of pictures"),
             ({"images": np.array([None] * 4)}, "pickled objects"),
         ],

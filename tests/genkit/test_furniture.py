@@ -116,6 +116,22 @@ def test_a_pickle_that_acts_is_refused(tmp_path: Path) -> None:
         read_arrays(tmp_path / "bad.npy", allow_pickle=True)
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"part_pcs": np.zeros((4, 0, 3))}, r"It must be \(parts, points, 3\)"),
+        ({"part_poses": np.zeros((3, 7))}, "3 `part_poses`, but 4 parts"),
+        ({"part_poses": np.zeros(())}, r"`part_poses` of the shape is \(\)"),
+        ({"names": np.array(["a", "b"])}, "2 names, but 4 parts"),
+        ({"names": np.arange(4)}, "are no names"),
+        ({"names": np.frombuffer(b"\xff\xff\xff\xff" * 4, "<U1")}, "a number that is no character"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(changed: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        from_fields({**fields(), **changed})
+
+
 def test_poses_that_mirror_are_repaired() -> None:
     content = fields(2)
     mirrored = np.tile(np.eye(4), (2, 1, 1))

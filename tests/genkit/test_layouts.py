@@ -55,6 +55,8 @@ def test_packing_puts_objects_before_empty_slots() -> None:
         (["star"], [(0.1, 0.1, float("nan"), 0.4)], "outside the picture"),
         (["star"], [(0.5, 0.1, 0.4, 0.4)], "inverted or empty"),
         (["star"], [(0.4, 0.1, 0.4, 0.4)], "inverted or empty"),
+        (["star"], [("", 0.1, 0.1, 0.4, 0.4)], "not four numbers"),
+        (["star"], [("0.1", 0.1, 0.4, 0.4)], "not four numbers"),
     ],
 )
 def test_wrong_boxes_are_refused(labels: list[str], boxes: list[tuple[float, ...]], message: str) -> None:
