@@ -65,6 +65,13 @@ class ProbeConfig:
             raise unknown("head", self.head, HEADS)
         if not self.taps or not self.t:
             raise ValueError("A probe reads at least one tap at one t. Give both.")
+        if not all(isinstance(tap, (str, int)) for tap in self.taps):
+            raise ValueError(f"taps={self.taps!r:.80} must be names or numbers of blocks.")
+        for name in ("seed", "pool", "width", "num_heads", "depth", "folds"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}={getattr(self, name)!r:.80} must be a whole number.")
+        if not all(isinstance(t, int) for t in self.t):
+            raise ValueError(f"t={self.t!r:.80} must be timesteps, whole numbers.")
         if self.head in ("attention", "feedback") and (len(self.taps), len(self.t)) != (1, 1):
             raise ValueError(f"The {self.head} head takes one tap and one t, got {len(self.taps)} and {len(self.t)}. Use fusion.")
         if self.head == "fusion" and len(self.taps) * len(self.t) < 2:
@@ -148,6 +155,8 @@ class Probe:
             taps, times = tuple(values.pop("taps")), tuple(values.pop("t"))
             config = ProbeConfig(**values, taps=taps, t=times, train=train)
             name, labels = record["model"]["name"], record["labels"]
+            if not isinstance(labels, list) or not all(isinstance(label, (str, int)) for label in labels):
+                raise TypeError("labels must be a list of names or numbers")
         except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"{str(folder / RECORD)!r} is damaged ({error}). Train the probe again.") from error
         if denoiser is None:

@@ -211,6 +211,19 @@ def test_a_probe_is_refused_where_it_does_not_belong(denoiser, tmp_path):
     with pytest.raises(ValueError, match=r"Unknown class 'grey'. Known: bright, dark"):
         Probe.load(tmp_path, denoiser).accuracy(dataclasses.replace(stripes(2), labels=["dark", "grey"]))
     record = json.loads((tmp_path / "probe.json").read_text())
+    for field, value, says in (
+        ("taps", [["mid"]], "must be names or numbers of blocks"),
+        ("taps", [0.5], "must be names or numbers of blocks"),
+        ("t", ["100"], "must be timesteps"),
+        ("seed", None, "seed=None must be a whole number"),
+    ):
+        (tmp_path / "probe.json").write_text(json.dumps(record | {"config": record["config"] | {field: value}}))
+        with pytest.raises(ValueError, match=says):
+            Probe.load(tmp_path, denoiser)
+    for labels in (3, ["bright", ["dark"]]):
+        (tmp_path / "probe.json").write_text(json.dumps(record | {"labels": labels}))
+        with pytest.raises(ValueError, match=r"probe.json' is damaged"):
+            Probe.load(tmp_path, denoiser)
     del record["config"]["taps"]
     (tmp_path / "probe.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"probe.json' is damaged"):
