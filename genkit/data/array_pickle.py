@@ -17,12 +17,12 @@ import math
 import pickle
 import re
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 _CODE = re.compile(r"\?|b1|[iuf][1248]|c8|c16|O8?|[SU][1-9]\d{0,5}")
-_ORDERS = {"<": "<", ">": ">", "=": "=", "|": "="}
+_ORDERS: dict[Any, Literal["<", ">", "="]] = {"<": "<", ">": ">", "=": "=", "|": "="}
 
 
 def load(stream: BinaryIO) -> Any:
@@ -48,7 +48,8 @@ class _DType:
     def __init__(self, code: Any, *unused: Any) -> None:
         if not isinstance(code, str) or not _CODE.fullmatch(code):
             raise pickle.UnpicklingError(f"an array of {code!r:.50} is neither of numbers nor of texts")
-        self.code, self.order = code, "="
+        self.code = code
+        self.order: Literal["<", ">", "="] = "="
 
     def __setstate__(self, state: Any) -> None:
         # (version, byte order, subdtype, names, fields, ...): sizes follow from the code, and structures are not plain.
