@@ -136,6 +136,7 @@ class TestZoo:
             classifier,
             digits,
             discriminator,
+            furniture,
             layout_prior,
             noisy_classifier,
             scenes,
@@ -151,6 +152,7 @@ class TestZoo:
         monkeypatch.setattr(noisy_classifier, "train", lambda *a, **k: calls.append(("noisy_classifier", a, k)))
         monkeypatch.setattr(discriminator, "train", lambda *a, **k: calls.append(("discriminator", a, k)))
         monkeypatch.setattr(turbo, "train", lambda *a, **k: calls.append(("turbo", a, k)))
+        monkeypatch.setattr(furniture, "train", lambda *a, **k: calls.append(("furniture", a, k)))
         for name in zoo.TRAINABLE:
             assert run("zoo", "train", name, "--out", tmp_path / name, "--steps", 3, "--resume", "--device", "cpu").exit_code == 0
         arguments = {"steps": 3, "resume": True, "device": "cpu"}
@@ -163,6 +165,7 @@ class TestZoo:
             ("turbo", (tmp_path / "digits-turbo",), arguments),
             ("scenes", (tmp_path / "scenes",), arguments),
             ("layout_prior", (tmp_path / "scenes-prior",), arguments),
+            ("furniture", (tmp_path / "furniture",), arguments),
             ("classifier", ("digits-judge", tmp_path / "digits-judge"), arguments),
         ]
 
