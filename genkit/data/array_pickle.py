@@ -7,14 +7,18 @@
     _codecs.encode, bytes                   as bytes are pickled: of a text in latin1, and of nothing
     set, complex, slice                     as they are
 
-Whatever else is named is refused. numpy's own classes are not used: a dtype with a made-up state makes numpy crash, and an array of
-a made-up shape takes any memory. Nor are the builtins that are never pickled by name.
+Whatever else is named is refused. numpy's own classes are not used: a dtype with a made-up state makes numpy crash, and an array
+of a made-up shape takes any memory. Nor are the builtins that are never pickled by name. Before anything is made the instructions
+are read through: those that plain values do not need are refused, and so is a number in the memo for which pickle would take
+gigabytes.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
+import pickletools
 import re
 from collections.abc import Callable
 from typing import Any, BinaryIO, Literal
@@ -22,6 +26,9 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 _CODE = re.compile(r"\?|b1|[iuf][1248]|c8|c16|O8?|[SU][1-9]\d{0,5}")
+_NEEDLESS = {"PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
+# What protocol 5 added is for bytearrays and buffers.
+_INSTRUCTIONS = {code.name for code in pickletools.opcodes if code.proto <= 4} - _NEEDLESS
 _ORDERS: dict[Any, Literal["<", ">", "="]] = {"<": "<", ">": ">", "=": "=", "|": "="}
 
 
@@ -32,14 +39,35 @@ def load(stream: BinaryIO) -> Any:
         pickle.UnpicklingError: it names something else, or an array does not fit its state.
         Exception: whatever a damaged pickle makes of its few functions.
     """
-    return _resolved(_Unpickler(stream).load(), {})
+    content = stream.read()
+    for instruction, argument, _ in pickletools.genops(content):
+        if instruction.name not in _INSTRUCTIONS:
+            raise pickle.UnpicklingError(f"it has the instruction {instruction.name}")
+        if "PUT" in instruction.name and isinstance(argument, int) and argument > len(content):
+            raise pickle.UnpicklingError(f"it has number {argument} of its memo")
+    return _resolved(_Unpickler(io.BytesIO(content)).load(), {})
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return _KNOWN[module, name]
+        return _Call(_KNOWN[module, name])
+
+
+class _Call:
+    """Something that a pickle may call, and not change."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self, known: Callable[..., Any]) -> None:
+        self._known = known
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._known(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it gives a state to something else than an array")
 
 
 class _DType:
@@ -138,6 +166,6 @@ def _resolved(value: Any, seen: dict[int, Any]) -> Any:
         found = tuple(_resolved(each, seen) for each in value)
         seen[id(value)] = value, found
         return found
-    elif isinstance(value, (_DType, type)) or callable(value):
+    elif isinstance(value, (_DType, _Call)):
         raise pickle.UnpicklingError("it is no plain value")
     return value

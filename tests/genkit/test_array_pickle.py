@@ -95,6 +95,25 @@ def test_whatever_else_is_refused(value: Any, says: str) -> None:
         read(pickle.dumps([value], 4))
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"]r\xff\xff\xff\x7f.", "number 2147483647 of its memo"),
+        (b"]p2147483647\n.", "number 2147483647 of its memo"),
+        (b"\x80\x05\x96\x00\x00\x00\x00\x10\x00\x00\x00.", "BYTEARRAY8|expected"),
+        (b"c_codecs\nencode\n}b.", "gives a state to something else"),
+        (b"cnumpy\nndarray\n)b.", "gives a state to something else"),
+        (b"Pid\n.", "instruction PERSID"),
+        (b"(inumpy\nndarray\n.", "instruction INST"),
+        (b"\x80\x02cnumpy\nndarray\n)\x81.", "instruction NEWOBJ"),
+        (b"B\xff\xff\xff\x7fabc.", "expected 2147483647 bytes"),
+    ],
+)
+def test_instructions_that_take_memory_or_act(content: bytes, says: str) -> None:
+    with pytest.raises((pickle.UnpicklingError, ValueError), match=says):
+        read(content)
+
+
 def test_encodings() -> None:
     for encoding, says in (("latin1", None), ("zlib", "encodes by 'zlib'")):
         content = b"c_codecs\nencode\n(X\x01\x00\x00\x00\xff".replace(b"\x01\x00\x00\x00\xff", b"\x02\x00\x00\x00\xc3\xbf")
