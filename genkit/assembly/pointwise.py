@@ -159,16 +159,24 @@ def load_luo_hu(file: str | Path, categories: Sequence[str], *, allow_pickle: bo
         with torch.serialization.safe_globals([argparse.Namespace]):
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
         settings, weights = vars(content["args"]), content["state_dict"]
-        net = PointwiseLatentDenoiser(
-            list(categories), latent_dim=settings["latent_dim"], num_steps=settings["num_steps"], beta_1=settings["beta_1"],
-            beta_T=settings["beta_T"], residual=settings["residual"], flow_depth=settings["latent_flow_depth"],
-            flow_width=settings["latent_flow_hidden_dim"],
-        )  # fmt: skip
+        if settings["latent_flow_depth"] > len(weights):
+            raise ValueError(f"{len(weights)} weights of {settings['latent_flow_depth']} couplings")
+        with torch.device("meta"):  # its sizes are the file's word, and take no memory before the weights are seen to fit
+            net = PointwiseLatentDenoiser(
+                list(categories), latent_dim=settings["latent_dim"], num_steps=settings["num_steps"], beta_1=settings["beta_1"],
+                beta_T=settings["beta_T"], residual=settings["residual"], flow_depth=settings["latent_flow_depth"],
+                flow_width=settings["latent_flow_hidden_dim"],
+            )  # fmt: skip
     except Exception as error:  # whatever a damaged or foreign file makes the reader raise
         raise ValueError(f"{str(file)!r} is no generator of Luo and Hu ({type(error).__name__}: {error!s:.120}).") from error
     known = net.state_dict()
-    missing = sorted(key for key in known if key not in weights or weights[key].shape != known[key].shape)
+
+    def fits(key: str) -> bool:
+        # Contiguous, since else one number may stand for a whole matrix.
+        return key in weights and weights[key].shape == known[key].shape and weights[key].is_contiguous()
+
+    missing = sorted(key for key in known if not fits(key))
     if missing:
         raise ValueError(f"{str(file)!r} lacks {len(missing)} weights of a generator, such as {missing[0]!r}.")
-    net.load_state_dict({key: weights[key] for key in known})
+    net.load_state_dict({key: weights[key].to(value.dtype) for key, value in known.items()}, assign=True)
     return net.eval()

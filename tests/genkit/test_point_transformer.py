@@ -188,8 +188,16 @@ def test_released_checkpoints_are_read_where_pickles_are_allowed(tmp_path: Path)
     again = load_luo_hu(file, ["chair"], allow_pickle=True)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values(), strict=True))
     assert PointModel(again, again.scheduler()).generate(2, "chair", points=9, steps=3).shape == (2, 9, 3)
+    # Sizes are the file's word: neither of these takes the memory that it speaks of.
+    weights = net.state_dict()
+    wide = argparse.Namespace(**vars(settings) | {"latent_flow_hidden_dim": 10**7})
+    one = {key: torch.zeros(()).expand(value.shape) for key, value in weights.items()}
+    for args, content in ((settings, {**weights, "flow.chain.0.net_s_t.0.bias": torch.zeros(3)}), (wide, weights), (settings, one)):
+        torch.save({"args": args, "state_dict": content}, file)
+        with pytest.raises(ValueError, match="lacks"):
+            load_luo_hu(file, ["chair"], allow_pickle=True)
     torch.save({"args": settings, "state_dict": {}}, file)
-    with pytest.raises(ValueError, match="lacks"):
+    with pytest.raises(ValueError, match="0 weights of 2 couplings"):
         load_luo_hu(file, ["chair"], allow_pickle=True)
     torch.save({"args": Path("x")}, file)
     with pytest.raises(ValueError, match="no generator"):
