@@ -107,10 +107,12 @@ def report(results: dict[str, dict[str, Any]]) -> None:
 
 
 def write(out: Path, count: int, results: dict[str, dict[str, Any]]) -> None:
-    """The JSON."""
+    """The JSON, whole or not at all: it is written after each reader."""
+    from genkit.files import write_atomic
+
     machine = {"platform": platform.platform(), "python": platform.python_version()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine, "count": count, "readers": results}, indent=2) + "\n")
+    write_atomic(out, (json.dumps({"machine": machine, "count": count, "readers": results}, indent=2) + "\n").encode())
 
 
 def main() -> None:

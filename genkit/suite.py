@@ -80,7 +80,12 @@ class Figure:
 
     def texts(self, value: float) -> list[str]:
         """How documents show a value."""
-        return [shown.format(value * self.scale) for shown in ([self.shown] if isinstance(self.shown, str) else self.shown)]
+        return [shown.format(value * self.scale) for shown in self.patterns]
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """`shown`, one or several."""
+        return (self.shown,) if isinstance(self.shown, str) else self.shown
 
 
 @dataclasses.dataclass(frozen=True)

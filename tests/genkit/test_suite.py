@@ -45,8 +45,7 @@ class TestOurs:
             numbers = set(re.findall(r"\d[\d,.]*\d|\d", "|".join(line.split("|")[2:4])))
             for figure in table.figures:
                 value = table.recorded(figure)
-                shown = [figure.shown] if isinstance(figure.shown, str) else figure.shown
-                for text, pattern in zip(figure.texts(value), shown, strict=True):
+                for text, pattern in zip(figure.texts(value), figure.patterns, strict=True):
                     if text in line:
                         numbers.discard(re.findall(r"\{[^}]*\}", pattern)[0].format(value * figure.scale))
             assert not numbers, line
