@@ -12,6 +12,10 @@ import pytest
 # No test may reach the network. Set before anything imports huggingface_hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Workers of pytest-xdist share the cores, they and what they start. Set before anything imports torch.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 # Shells start background jobs with Ctrl-C ignored, which commands under test would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
