@@ -202,7 +202,7 @@ def test_released_checkpoints_are_read_where_pickles_are_allowed(tmp_path: Path)
     with zipfile.ZipFile(file) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
         for name in archive.namelist():
             other.writestr(name, archive.read(name))
-    assert packed.stat().st_size < 10**5
+    assert packed.stat().st_size < file.stat().st_size - 3 * 10**6
     with pytest.raises(ValueError, match="is packed"):
         load_luo_hu(packed, ["chair"], allow_pickle=True)
     torch.save({"args": settings, "state_dict": {}}, file)
