@@ -2,13 +2,14 @@
 
     python benchmarks/assembly.py FOLDER [--reference cloud|parts|mesh] [--points 8192] [--seed 0] [--out FILE]
     python benchmarks/assembly.py --large
+    python benchmarks/assembly.py --picture docs/assembly.png
 
 FOLDER holds an object in each folder of meshes below it, in assembled pose (IKEA Manuals at Work, or others); without it nothing is
 measured. `cloud` is an area-uniform sample of the union, `parts` as many points of each part, `mesh` the union itself. The parts'
 frames come from a random turn of each mesh and their own smallest boxes, so they hold nothing of the true pose. Accuracies are the
 `strict` protocol's, seconds are CPU seconds on one thread, with loading of the meshes not counted. `--large` assembles a
 generated chair and a table beside it, 20 parts with 1,000 points each, by the whole pipeline, and tells its CPU seconds and the
-peak memory of the process.
+peak memory of the process. `--picture` draws generated furniture: its parts scattered, a scan of it, and what is assembled on that.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from genkit.data.meshes import read_parts
 from genkit.files import write_atomic
 
 LARGE = 20  # parts
+SHOWN = (("chair", 8), ("table", 3), ("lamp", 2), ("cabinet", 1))  # of the test split
+SIDE = 240  # pixels
 
 
 def objects(folder: Path) -> list[Path]:
@@ -95,6 +98,31 @@ def large(args: argparse.Namespace) -> None:
         write_atomic(args.out, json.dumps(row, indent=2).encode())
 
 
+def picture(file: Path, args: argparse.Namespace) -> None:
+    """A column for each of `SHOWN`: the parts scattered, the scan, the first assembly."""
+    from genkit.assembly.export import in_place
+    from genkit.assembly.picture import draw as view
+    from genkit.assembly.picture import palette
+    from genkit.assembly.starts import scattered
+    from genkit.data.furniture import draw
+    from genkit.data.objects import reference_cloud
+    from genkit.images import contact_sheet, save_png
+    from genkit.pipelines import PartAssemblyPipeline
+
+    columns, labels = [], []
+    for category, i in SHOWN:
+        parts = draw(category, i, "test").parts(seed=args.seed)
+        cloud = reference_cloud(parts, args.points, args.seed + 1000)
+        out = PartAssemblyPipeline()(parts, reference=cloud, seed=args.seed)
+        template = template_surface(cloud, parts.unit)
+        begun = scattered(parts, template, args.seed)
+        scan = view([cloud.numpy()], [np.tile([0.0, 1.0, 0.0], (len(cloud), 1))], np.full((1, 3), 110.0), size=SIDE)
+        columns.append([view(*in_place(parts, pose), palette(len(parts)), size=SIDE) for pose in (begun, out.poses[0])])
+        columns[-1].insert(1, scan)
+        labels.append(f"{category}: {len(parts)} parts, {evaluate(out.poses, parts)['part_accuracy']:.0%} right")
+    save_png(contact_sheet(list(zip(*columns, strict=True)), ["", "", ""], labels), file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?")
@@ -103,9 +131,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[], help="Names of objects.")
     parser.add_argument("--large", action="store_true", help="Time and memory of 20 parts with 1,000 points each.")
+    parser.add_argument("--picture", type=Path, help="Draw what is assembled of generated furniture.")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.picture:
+        picture(args.picture, args)
+        return
     if args.large:
         large(args)
         return

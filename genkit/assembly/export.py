@@ -77,9 +77,7 @@ def write_ply(file: Path, parts: PartSet, poses: Tensor) -> None:
 
 def write_turntable(file: Path, parts: PartSet, poses: Tensor, size: int = 320) -> None:
     """Write views (two rows of four) of the assembly from around."""
-    surfaces = [_shown(parts, i) for i in range(len(parts))]
-    points = [transform(s.points.double(), pose).numpy() for s, pose in zip(surfaces, poses, strict=True)]
-    normals = [(s.normals.double() @ pose[:3, :3].T).numpy() for s, pose in zip(surfaces, poses, strict=True)]
+    points, normals = in_place(parts, poses)
     frame, columns = ball(np.concatenate(points)), VIEWS // 2
     sheet = Image.new("RGB", (columns * size, 2 * size))
     for k in range(VIEWS):
@@ -88,6 +86,14 @@ def write_turntable(file: Path, parts: PartSet, poses: Tensor, size: int = 320) 
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     write_atomic(file, buffer.getvalue())
+
+
+def in_place(parts: PartSet, poses: Tensor) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Samples of the surface of each part in poses (P, 4, 4), in units, and their normals: what `picture.draw` takes."""
+    surfaces = [_shown(parts, i) for i in range(len(parts))]
+    points = [transform(s.points.double(), pose).numpy() for s, pose in zip(surfaces, poses, strict=True)]
+    normals = [(s.normals.double() @ pose[:3, :3].T).numpy() for s, pose in zip(surfaces, poses, strict=True)]
+    return points, normals
 
 
 def write_viewer(
