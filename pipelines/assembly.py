@@ -28,6 +28,7 @@ from genkit.noise import mix
 
 Start = Literal["search", "random", "given"]
 IMAGINED = 0.6  # share of the work, where a model imagines the templates
+_Template = tuple[Surface, float, Tensor]  # in units, the scale to the lengths of the reference or the model, and the centre
 
 
 @dataclasses.dataclass
@@ -158,75 +159,70 @@ class PartAssemblyPipeline(DiffusionPipeline):
             initial_poses = initial_poses[..., order, :, :]
         tell = on_stage or (lambda name, share: None)
         tell("template", 0.0)
-        opinion = None
+        opinion, begun = None, 0.0
         if reference is not None:
             templates = self._reference(parts, reference, estimate_scale)
         else:
-            model = self._model(parts, tell=init != "random")
-            if num_templates is None:
-                num_templates = 16 if model.parts is None else 4
-            drawn = samples(model, num_templates, category, steps=template_steps, seed=seed)
-            opinion = Opinion(parts, model, category, float(drawn.square().mean().sqrt()))
-            templates = [_in_units(parts, cloud, model.scale) for cloud in drawn]
-            if init == "random":
-                templates = templates[:num_hypotheses]
-            if init == "search":
-                keep = max(2, num_templates // 4)
-                templates = imagine(
-                    parts, opinion, templates, seed=seed, keep=keep, on_stage=lambda s, done: tell(s, IMAGINED * done)
-                )
+            opinion, templates = self._drawn(parts, category, init, num_templates, num_hypotheses, template_steps, seed, tell)
+            begun = IMAGINED if init == "search" else 0.0
         steps = (0 if init == "search" else 60) if refine_steps is None else refine_steps
-        levels = annealed(h_range, steps) if steps else []
+        how = _How(
+            init=init, initial_poses=initial_poses, coupling=coupling, category=category, push=push_apart, fit=fit, seed=seed,
+            levels=annealed(h_range, steps) if steps else [], points=points_per_part, chunk=chunk_size,
+        )  # fmt: skip
         searcher: Search | None = None
         found: list[_Found] = []
-        histories: list[list[Tensor]] = []
-        for k, (template, scale, centre) in enumerate(templates):
-            share = range(k, num_hypotheses, len(templates))
+        for k, template in enumerate(templates):
 
             def stage(name: str, done: float, k: int = k) -> None:
-                begun = 0.0 if opinion is None or init != "search" else IMAGINED
                 tell(name, begun + (1 - begun) * (k + done) / len(templates))
 
-            seeded = mix(seed, k)
-            searcher = searcher.on(template, seeded, stage) if searcher else Search(parts, template, search, seeded, stage)
-            if init == "search":
-                poses = searcher.run(max(len(share), 1))[0]
-                poses = poses if opinion is None else both(parts, poses)
-            elif init == "given":
-                given = parts.frames if initial_poses is None else initial_poses
-                poses = (given if given.ndim == 4 else given[None]).double()
-            else:
-                poses = torch.stack([scattered(parts, template, mix(seed, h)) for h in share])
-            history = [*(step.expand_as(poses) for step in searcher.trace), poses]
-            if levels:
-                stage("refine", 0.5)
-                seeds = [mix(seed, h) for h in range(k, k + len(templates) * len(poses), len(templates))]
-
-                def target(rows: slice, seeds: list[int] = seeds, template: Surface = template, scale: float = scale,
-                           centre: Tensor = centre) -> Target:  # fmt: skip
-                    if coupling == "index":
-                        return self._model().target(category, scale, centre, seeds[rows])
-                    return TemplateTarget(_thinned(template), coupling)
-
-                poses = _refined(parts, poses, target, levels, points_per_part, push_apart, fit, chunk_size, history)
-            if init == "given" and coupling != "index":
-                poses = searcher.settled(poses)
-            scores = judge(searcher, parts, poses, opinion)
-            best = scores["score"].argsort(stable=True)
-            best = best[torch.tensor(distinct(searcher, poses[best]))]
-            found.append(_Found(k, scale, poses[best], {key: value[best] for key, value in scores.items()}))
-            histories.append([step[best[0]] for step in history])
+            of, seeded = template[0], mix(seed, k)
+            searcher = searcher.on(of, seeded, stage) if searcher else Search(parts, of, search, seeded, stage)
+            rows = range(k, num_hypotheses, len(templates))
+            found.append(self._assembled(parts, template, searcher, how, rows, opinion))
         assert searcher is not None  # there is a template at least
         tell("rank", 1.0)
         out = _ranked(parts, found, searcher, num_hypotheses, order, centre=opinion is not None)
         if return_history:
-            steps_of = histories[[f.template for f in found].index(int(out.template_ids[0]))]
-            out.history = [_unsorted(step, order, 0) for step in steps_of]
+            out.history = [_unsorted(step, order, 0) for step in found[int(out.template_ids[0])].history]
         if output_type == "np":
             for name in ("poses", "motions", "points", "scale", "template_ids"):
                 out[name] = out[name].numpy()
             out["scores"] = {key: value.numpy() for key, value in out.scores.items()}
         return out if return_dict else out.to_tuple()
+
+    def _assembled(
+        self, parts: PartSet, template: _Template, searcher: Search, how: _How, rows: range, opinion: Opinion | None
+    ) -> _Found:
+        """What is found on a template, as the hypotheses number `rows` (more, if there are more)."""
+        surface, scale, centre = template
+        if how.init == "search":
+            poses = searcher.run(max(len(rows), 1))[0]
+            poses = poses if opinion is None else both(parts, poses)
+        elif how.init == "given":
+            given = parts.frames if how.initial_poses is None else how.initial_poses
+            poses = (given if given.ndim == 4 else given[None]).double()
+        else:
+            poses = torch.stack([scattered(parts, surface, mix(how.seed, h)) for h in rows])
+        history = [*(step.expand_as(poses) for step in searcher.trace), poses]
+        if how.levels:
+            searcher.tell("refine", 0.5)
+            seeds = [mix(how.seed, rows.start + i * rows.step) for i in range(len(poses))]
+
+            def target(chosen: slice) -> Target:
+                if how.coupling == "index":
+                    return self._model().target(how.category, scale, centre, seeds[chosen])
+                return TemplateTarget(_thinned(surface), how.coupling)
+
+            poses = _refined(parts, poses, target, how, history)
+        if how.init == "given" and how.coupling != "index":
+            poses = searcher.settled(poses)
+        scores = judge(searcher, parts, poses, opinion)
+        best = scores["score"].argsort(stable=True)
+        best = best[torch.tensor(distinct(searcher, poses[best]))]
+        kept = {key: value[best] for key, value in scores.items()}
+        return _Found(scale, poses[best], kept, [step[best[0]] for step in history])
 
     @classmethod
     def from_zoo(cls, model: str) -> PartAssemblyPipeline:
@@ -281,7 +277,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
         if reference is not None and coupling == "index":
             raise ValueError("coupling='index' denoises by the model, so a reference is of no use to it. Leave one of them out.")
 
-    def _reference(self, parts: PartSet, reference: Any, estimate: bool) -> list[tuple[Surface, float, Tensor]]:
+    def _reference(self, parts: PartSet, reference: Any, estimate: bool) -> list[_Template]:
         """The reference in units of the parts, the scale from units to its lengths, and the centre."""
         template = template_surface(reference, parts.unit)
         scale = scale_of(parts, template) if estimate else 1.0
@@ -289,8 +285,28 @@ class PartAssemblyPipeline(DiffusionPipeline):
             template = template_surface(reference, parts.unit, scale)
         return [(template, scale, template.points.mean(0))]
 
+    def _drawn(
+        self, parts: PartSet, category: str | int | None, init: Start, count: int | None, hypotheses: int, steps: int, seed: int,
+        tell: Callable[[str, float], None],
+    ) -> tuple[Opinion, list[_Template]]:  # fmt: skip
+        """What the model thinks of the parts, and the templates that it draws; for a search, what becomes of the best of them."""
+        model = self._model(parts, tell=init != "random")
+        if count is None:
+            count = 16 if model.parts is None else 4
+        drawn = samples(model, count, category, steps=steps, seed=seed)
+        opinion = Opinion(parts, model, category, float(drawn.square().mean().sqrt()))
+        templates = [_in_units(parts, cloud, model.scale) for cloud in drawn]
+        if init == "random":
+            templates = templates[:hypotheses]
+        if init == "search":
+            keep = max(2, count // 4)
+            templates = imagine(
+                parts, opinion, templates, seed=seed, keep=keep, on_stage=lambda name, done: tell(name, IMAGINED * done)
+            )
+        return opinion, templates
 
-def _in_units(parts: PartSet, cloud: Tensor, scale: float | None) -> tuple[Surface, float, Tensor]:
+
+def _in_units(parts: PartSet, cloud: Tensor, scale: float | None) -> _Template:
     """A cloud of the model in units, its scale, by default such that its surface is as large as the parts', and its centre."""
     scale = area_scale(parts, Surface(cloud)) if scale is None else scale
     return template_surface(cloud, scale=scale), scale, torch.zeros(3)
@@ -298,20 +314,33 @@ def _in_units(parts: PartSet, cloud: Tensor, scale: float | None) -> tuple[Surfa
 
 @dataclasses.dataclass
 class _Found:
-    """Distinct assemblies on one template, best first."""
+    """Distinct assemblies on one template, best first, and how the first was refined."""
 
-    template: int
     scale: float
     poses: Tensor
     scores: dict[str, Tensor]
+    history: list[Tensor]
 
 
-def _refined(
-    parts: PartSet, poses: Tensor, target: Callable[[slice], Target], levels: list[float], points: int,
-    push: PushApartConfig | None, fit: Literal["kabsch", "icp"], chunk: int | None, history: list[Tensor],
-) -> Tensor:  # fmt: skip
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _How:
+    """How poses are found on a template; see the arguments of the pipeline's call."""
+
+    init: Start
+    initial_poses: Tensor | None
+    coupling: Coupling
+    category: str | int | None
+    push: PushApartConfig | None
+    fit: Literal["kabsch", "icp"]
+    seed: int
+    levels: list[float]
+    points: int
+    chunk: int | None
+
+
+def _refined(parts: PartSet, poses: Tensor, target: Callable[[slice], Target], how: _How, history: list[Tensor]) -> Tensor:
     """Poses after refinement, some at a time, each with targets of its own; forty steps at most go into the history."""
-    x, poses, size = parts.points[:, :points], poses.float(), chunk or len(poses)
+    x, poses, size = parts.points[:, : how.points], poses.float(), how.chunk or len(poses)
     moved, steps = [], []
     for first in range(0, len(poses), size):
         rows = slice(first, first + size)
@@ -320,8 +349,8 @@ def _refined(
         def keep(step: int, now: Tensor, seen: list[Tensor] = seen) -> None:
             seen.append(now)
 
-        moved.append(refine(x, poses[rows], target(rows), levels, push=push, fit=fit, on_step=keep))
-        steps.append(seen[:: max(1, len(levels) // 40)])
+        moved.append(refine(x, poses[rows], target(rows), how.levels, push=how.push, fit=how.fit, on_step=keep))
+        steps.append(seen[:: max(1, len(how.levels) // 40)])
     history += [torch.cat(step) for step in zip(*steps, strict=True)]
     return torch.cat(moved).double()
 
@@ -338,7 +367,7 @@ def _ranked(
     """What was found on all templates, best first, the parts in the order that they came in."""
     poses = torch.cat([f.poses for f in found])
     scores = {key: torch.cat([f.scores[key] for f in found]) for key in found[0].scores}
-    templates = torch.cat([torch.full((len(f.poses),), f.template) for f in found])
+    templates = torch.cat([torch.full((len(f.poses),), k) for k, f in enumerate(found)])
     scale = torch.cat([torch.full((len(f.poses),), f.scale) for f in found])
     best = scores["score"].argsort(stable=True)
     if len(found) > 1:
