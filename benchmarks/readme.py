@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from clock import machine
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from genkit.files import write_atomic
 
@@ -111,7 +112,7 @@ def main() -> int:
     for row in rows:
         slow = row["limit"] is not None and row["seconds"] > row["limit"]
         failed |= bool(row["exit_code"]) or slow
-        table.add_row(row["step"], f"{row['seconds']:.1f}", "failed" if row["exit_code"] else "slow" if slow else "")
+        table.add_row(Text(row["step"]), f"{row['seconds']:.1f}", "failed" if row["exit_code"] else "slow" if slow else "")
     Console(width=160).print(table)
     return int(failed)
 
