@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from genkit.checkpoints import load_pt
 from genkit.denoisers.base import network_name
 from genkit.distill.config import FREE, DistillConfig
 from genkit.distill.shards import difference, identity, settings_of
@@ -117,9 +117,9 @@ class Run:
             averaged = [p.detach().clone() for p in trainer.student.trained()]
             _load_student(trainer, folder / "student")
             trainer.discriminator.load_state_dict(load_file(folder / "heads.safetensors", device=str(device)))
-            state = torch.load(folder / "optimizers.pt", map_location=device, weights_only=True)
+            state = load_pt(folder / "optimizers.pt", device)
             trainer.step = int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
-        except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"The checkpoint {str(folder)!r} cannot be read ({reason}). Remove it to go on from an earlier one."

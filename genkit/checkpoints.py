@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,32 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{str(file)!r} is not a JSON object. The model is damaged: get it again.")
     return content
+
+
+def load_pt(file: Path, device: Any = "cpu") -> Any:
+    """What `torch.save` wrote to a file: tensors and plain values, and nothing that runs.
+
+    An archive whose entries are packed or overlap is refused: torch writes numbers as they are, but unpacks any size of them.
+
+    Raises:
+        ValueError: the file is damaged, holds something else, or is packed.
+        OSError: it cannot be opened.
+    """
+    import torch
+
+    try:
+        with file.open("rb") as stream:
+            if stream.read(4) == b"PK\3\4":  # else it is of old torch, without an archive
+                with zipfile.ZipFile(stream) as archive:
+                    entries = archive.infolist()
+                packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+                if packed or sum(entry.file_size for entry in entries) > file.stat().st_size:
+                    raise ValueError("its archive is packed, which torch never does")
+        return torch.load(file, map_location=device, weights_only=True)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _require_folder(component: Path) -> None:

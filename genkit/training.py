@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from genkit.attention.proof import Proof
+from genkit.checkpoints import load_pt
 from genkit.console import progress
 from genkit.errors import unknown
 from genkit.ranks import Ranks
@@ -128,7 +129,7 @@ class _Run:
         if not file.exists():
             return
         try:
-            state = torch.load(file, map_location=self.device, weights_only=True)
+            state = load_pt(file, self.device)
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from genkit import noise
 from genkit.assembly.point_transformer import PointDenoiserOutput
+from genkit.checkpoints import load_pt
 
 WIDTHS = (128, 256, 512, 256, 128)
 
@@ -157,9 +157,8 @@ def load_luo_hu(file: str | Path, categories: Sequence[str], *, allow_pickle: bo
     if not allow_pickle:
         raise ValueError(f"{str(file)!r} is a pickle. Pass --allow-pickle to read it, restricted to tensors and plain values.")
     try:
-        _require_stored(file)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+            content = load_pt(file)
         settings, weights = vars(content["args"]), content["state_dict"]
         if settings["latent_flow_depth"] > len(weights):
             raise ValueError(f"{len(weights)} weights of {settings['latent_flow_depth']} couplings")
@@ -182,20 +181,3 @@ def load_luo_hu(file: str | Path, categories: Sequence[str], *, allow_pickle: bo
         raise ValueError(f"{str(file)!r} lacks {len(missing)} weights of a generator, such as {missing[0]!r}.")
     net.load_state_dict({key: weights[key].to(value.dtype) for key, value in known.items()}, assign=True)
     return net.eval()
-
-
-def _require_stored(file: Path) -> None:
-    """Refuse an archive whose entries are packed or overlap: torch writes numbers as they are, but unpacks any size of them.
-
-    Raises:
-        ValueError: see above.
-        OSError, zipfile.BadZipFile: it cannot be read.
-    """
-    with file.open("rb") as stream:
-        if stream.read(4) != b"PK\3\4":
-            return  # of old torch, without an archive
-        with zipfile.ZipFile(stream) as archive:
-            entries = archive.infolist()
-    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-    if packed or sum(entry.file_size for entry in entries) > file.stat().st_size:
-        raise ValueError("its archive is packed, which torch never does")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genkit.checkpoints import load_pt
 from genkit.errors import unknown
 
 NAMES = ("judge", "inception", "dinov2")
@@ -114,7 +115,7 @@ def _inception() -> Backbone:
     if not file.is_file():
         raise FileNotFoundError(f"The weights of inception are not here: put {url} into {str(file.parent)!r}, or use judge.")
     network = inception_v3(weights=None, init_weights=False, aux_logits=True, transform_input=True)
-    network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    network.load_state_dict(load_pt(file))
     network.fc, network.AuxLogits = nn.Identity(), None
     return _measured("inception", network, _normalised(network, IMAGENET_MEAN, IMAGENET_STD), (299, 299))
 

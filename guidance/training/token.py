@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from genkit import _host, noise
 from genkit.attention.proof import Proof
+from genkit.checkpoints import load_pt
 from genkit.console import progress
 from genkit.denoisers import Denoiser
 from genkit.files import prepare_folder, write_atomic
@@ -253,7 +254,7 @@ class TokenTrainer:
 
     def _restore(self, path: Path) -> None:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_pt(path)
             made, ours = json.loads(state["settings"]), self._settings()
         except Exception as error:  # a damaged pickle can raise anything
             raise ValueError(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from genkit import zoo
-from genkit.checkpoints import check_folder, read_shapes
+from genkit.checkpoints import check_folder, load_pt, read_shapes
 
 
 class TestZoo:
@@ -150,3 +153,34 @@ def test_an_embedded_name_wins_over_a_folder_and_others_are_paths(tmp_path: Path
         zoo.folder("autoencoder")
     (tmp_path / "autoencoder").mkdir()
     assert zoo.folder("autoencoder") == Path("autoencoder")
+
+
+class TestLoadPt:
+    def test_tensors_and_plain_values_come_back(self, tmp_path: Path) -> None:
+        for new in (True, False):
+            torch.save({"a": torch.arange(5), "b": [1, "x"]}, tmp_path / "a.pt", _use_new_zipfile_serialization=new)
+            found = load_pt(tmp_path / "a.pt")
+            assert found["a"].tolist() == [0, 1, 2, 3, 4]
+            assert found["b"] == [1, "x"]
+
+    def test_packed_archives_are_refused(self, tmp_path: Path) -> None:
+        """Zeros pack a thousandfold, so such a file could claim any memory."""
+        torch.save({"a": torch.zeros(10**6)}, tmp_path / "a.pt")
+        packed = tmp_path / "packed.pt"
+        with zipfile.ZipFile(tmp_path / "a.pt") as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+            for name in archive.namelist():
+                other.writestr(name, archive.read(name))
+        assert packed.stat().st_size < 10**5
+        with pytest.raises(ValueError, match="packed"):
+            load_pt(packed)
+
+    def test_whatever_else_is_a_value_error(self, tmp_path: Path) -> None:
+        file = tmp_path / "a.pt"
+        torch.save({"a": torch.zeros(10)}, file)
+        whole = file.read_bytes()
+        for content in (b"", b"PK\3\4", whole[: len(whole) // 2], b"\x80\x02junk", pickle.dumps(Path("x"), protocol=2)):
+            file.write_bytes(content)
+            with pytest.raises(ValueError):  # noqa: PT011  (the message is the library's)
+                load_pt(file)
+        with pytest.raises(FileNotFoundError):
+            load_pt(tmp_path / "none.pt")
