@@ -62,10 +62,7 @@ def read_toml(file: Path) -> dict[str, Any]:
         ValueError: it is no TOML.
         OSError: it cannot be read.
     """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    import tomllib
 
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))

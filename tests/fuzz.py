@@ -14,9 +14,9 @@ import dataclasses
 import json
 import random
 import signal
-import sys
 import tempfile
 import time
+import tomllib
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,11 +26,6 @@ from types import FrameType
 from typing import Any, Literal
 
 from hypothesis import strategies as st
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 SECONDS = 10  # that a reader may take for one input
 Form = Literal["bytes", "json", "jsonl", "toml", "text"]
