@@ -110,6 +110,10 @@ class Watch(TorchDispatchMode):
             return self._whole(func, kind, args, kwargs)
         inputs = list(_tensors((args, kwargs)))
         output = func(*args, **kwargs)
+        known = set(map(_address, inputs))
+        for address in map(_address, _tensors(output)):
+            if address not in known:
+                self._calls.pop(address, None)  # of a call that is forgotten, whose memory this has now
         if kind is Kind.FUSED:
             self._fused(func, output)
         elif kind is Kind.FUSED_BACKWARD:

@@ -243,6 +243,24 @@ class TestWhatElseCouldPass:
         assert all((m.fused, m.fused_backward) == (2, 1) for m in again.modules)
         assert {m.path for m in again.modules} == {m.path for m in report.modules}
 
+    def test_memory_that_is_used_again_leads_to_no_other_module(self) -> None:
+        """Log-sum-exps of calls that are forgotten are as large as the queries here, which come to lie where they were."""
+
+        class Attention(nn.Module):
+            def forward(self, q: torch.Tensor) -> torch.Tensor:
+                return F.scaled_dot_product_attention(q, q, q)
+
+        network = nn.ModuleDict({"forgotten": Attention(), "kept": Attention()})
+        x = torch.randn(1, 4, 64, 1, requires_grad=True)
+
+        def run() -> None:
+            for _ in range(4):
+                network["forgotten"](x)
+            sum(network["kept"](q).sum() for q in [x * k for k in range(8)]).backward()
+
+        found = {module.path.rpartition(".")[2]: (module.fused, module.fused_backward) for module in audit(run, network).modules}
+        assert found == {"forgotten": (4, 0), "kept": (8, 8)}
+
     def test_forward_mode_and_second_order(self) -> None:
         q = heads()
 
