@@ -7,19 +7,14 @@ import sys
 import tomllib
 from importlib.metadata import metadata, version
 from pathlib import Path
-from typing import Any
 
 EXTRAS = ("test",)
-
-
-def project() -> dict[str, Any]:
-    """What pyproject.toml says of the project."""
-    return tomllib.loads(Path("pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 
 
 def bounds() -> dict[str, str]:
     """The lower bound of each package that genkit and its tests need."""
-    lines = [*project()["dependencies"], *(line for extra in EXTRAS for line in project()["optional-dependencies"][extra])]
+    lines = [*PROJECT["dependencies"], *(line for extra in EXTRAS for line in PROJECT["optional-dependencies"][extra])]
     return {m[1]: m[2] for line in lines if ";" not in line and (m := re.match(r"([\w-]+)>=([\d.]+)", line))}
 
 
@@ -28,7 +23,7 @@ def check() -> list[str]:
     from packaging.specifiers import SpecifierSet  # not there before the packages are
 
     wrong = []
-    python = project()["requires-python"].removeprefix(">=")
+    python = PROJECT["requires-python"].removeprefix(">=")
     for name, bound in bounds().items():
         if not (version(name) + ".").replace("+", ".").startswith(bound + "."):
             wrong.append(f"{name} {version(name)} is installed, the lower bound is {bound}")

@@ -117,8 +117,8 @@ def picture(file: Path, args: argparse.Namespace) -> None:
         template = template_surface(cloud, parts.unit)
         begun = scattered(parts, template, args.seed)
         scan = view([cloud.numpy()], [np.tile([0.0, 1.0, 0.0], (len(cloud), 1))], np.full((1, 3), 110.0), size=SIDE)
-        columns.append([view(*in_place(parts, pose), palette(len(parts)), size=SIDE) for pose in (begun, out.poses[0])])
-        columns[-1].insert(1, scan)
+        before, after = (view(*in_place(parts, pose), palette(len(parts)), size=SIDE) for pose in (begun, out.poses[0]))
+        columns.append([before, scan, after])
         labels.append(f"{category}: {len(parts)} parts, {evaluate(out.poses, parts)['part_accuracy']:.0%} right")
     save_png(contact_sheet(list(zip(*columns, strict=True)), ["", "", ""], labels), file)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from genkit.assembly import point_transformer, pointwise  # noqa: F401  (diffusers finds saved classes among loaded modules)
 from genkit.assembly.couplings import Coupling, Target, TemplateTarget
 from genkit.assembly.hypotheses import Verdict, distinct, judge, verdict
-from genkit.assembly.imagined import Opinion, both, imagine, samples
+from genkit.assembly.imagined import Opinion, Template, both, imagine, samples
 from genkit.assembly.nearest_grid import Surface
 from genkit.assembly.parts import PartSet
 from genkit.assembly.point_model import PointModel
@@ -28,7 +28,6 @@ from genkit.noise import mix
 
 Start = Literal["search", "random", "given"]
 IMAGINED = 0.6  # share of the work, where a model imagines the templates
-_Template = tuple[Surface, float, Tensor]  # in units, the scale to the lengths of the reference or the model, and the centre
 
 
 @dataclasses.dataclass
@@ -193,7 +192,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
         return out if return_dict else out.to_tuple()
 
     def _assembled(
-        self, parts: PartSet, template: _Template, searcher: Search, how: _How, rows: range, opinion: Opinion | None
+        self, parts: PartSet, template: Template, searcher: Search, how: _How, rows: range, opinion: Opinion | None
     ) -> _Found:
         """What is found on a template, as the hypotheses number `rows` (more, if there are more)."""
         surface, scale, centre = template
@@ -277,7 +276,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
         if reference is not None and coupling == "index":
             raise ValueError("coupling='index' denoises by the model, so a reference is of no use to it. Leave one of them out.")
 
-    def _reference(self, parts: PartSet, reference: Any, estimate: bool) -> list[_Template]:
+    def _reference(self, parts: PartSet, reference: Any, estimate: bool) -> list[Template]:
         """The reference in units of the parts, the scale from units to its lengths, and the centre."""
         template = template_surface(reference, parts.unit)
         scale = scale_of(parts, template) if estimate else 1.0
@@ -288,7 +287,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
     def _drawn(
         self, parts: PartSet, category: str | int | None, init: Start, count: int | None, hypotheses: int, steps: int, seed: int,
         tell: Callable[[str, float], None],
-    ) -> tuple[Opinion, list[_Template]]:  # fmt: skip
+    ) -> tuple[Opinion, list[Template]]:  # fmt: skip
         """What the model thinks of the parts, and the templates that it draws; for a search, what becomes of the best of them."""
         model = self._model(parts, tell=init != "random")
         if count is None:
@@ -306,7 +305,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
         return opinion, templates
 
 
-def _in_units(parts: PartSet, cloud: Tensor, scale: float | None) -> _Template:
+def _in_units(parts: PartSet, cloud: Tensor, scale: float | None) -> Template:
     """A cloud of the model in units, its scale, by default such that its surface is as large as the parts', and its centre."""
     scale = area_scale(parts, Surface(cloud)) if scale is None else scale
     return template_surface(cloud, scale=scale), scale, torch.zeros(3)

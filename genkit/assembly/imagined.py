@@ -31,6 +31,7 @@ from genkit.assembly.search import Search, SearchConfig
 from genkit.assembly.surfaces import part_surface, template_surface
 from genkit.noise import mix
 
+Template = tuple[Surface, float, Tensor]  # in units, the scale to the lengths of the model or a reference, and the centre
 POINTS, FEW = 2048, 512  # of a template, and of a cloud that the model is asked about
 ROUNDS = (0.7, 0.35)  # h of each; a model that is told the parts draws their sizes at once, and the first is left out
 FINAL = 0.35
@@ -109,12 +110,12 @@ def samples(model: PointModel, count: int, category: str | int | None, *, steps:
 def imagine(
     parts: PartSet,
     opinion: Opinion,
-    templates: list[tuple[Surface, float, Tensor]],
+    templates: list[Template],
     *,
     seed: int = 0,
     keep: int = 4,
     on_stage: Callable[[str, float], None] | None = None,
-) -> list[tuple[Surface, float, Tensor]]:
+) -> list[Template]:
     """Templates of the parts, best first, at most `keep`: surfaces in units, the scale to the model's lengths, and the centre.
 
     Args:

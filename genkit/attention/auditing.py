@@ -13,7 +13,7 @@ they really run is not seen, and is called unproven.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -110,19 +110,17 @@ class Watch(TorchDispatchMode):
             return self._whole(func, kind, args, kwargs)
         inputs = list(_tensors((args, kwargs)))
         output = func(*args, **kwargs)
-        known = set(map(_address, inputs))
-        for address in map(_address, _tensors(output)):
-            if address not in known:
-                self._calls.pop(address, None)  # of a call that is forgotten, whose memory this has now
+        addresses = [_address(value) for value in inputs]
+        self._forget(address for address in map(_address, _tensors(output)) if address not in addresses)
         if kind is Kind.FUSED:
             self._fused(func, output)
         elif kind is Kind.FUSED_BACKWARD:
-            place = next((self._calls[a] for a in map(_address, inputs[1:]) if a in self._calls), Place("(unknown)"))
+            place = next((self._calls[a] for a in addresses[1:] if a in self._calls), Place("(unknown)"))
             self._count(place, "fused_backward", short_name(func))
         elif kind is Kind.SOFTMAX_BACKWARD:
-            self._softmax_backward(inputs)
+            self._softmax_backward(addresses)
         else:
-            self._follow(kind, inputs, output)
+            self._follow(kind, inputs, addresses, output)
         return output
 
     def _whole(self, func: Any, kind: Kind, args: Any, kwargs: Any) -> Any:
@@ -141,22 +139,26 @@ class Watch(TorchDispatchMode):
         if torch.is_grad_enabled() and outputs:
             self._calls[_address(outputs[min(1, len(outputs) - 1)])] = place
 
-    def _softmax_backward(self, inputs: list[Tensor]) -> None:
-        marks = [self._marks.get(_address(value)) for value in inputs]
+    def _forget(self, addresses: Iterable[int]) -> None:
+        """What was known of memory before something else came to lie there."""
+        for address in addresses:
+            self._marks.pop(address, None)
+            self._calls.pop(address, None)
+
+    def _softmax_backward(self, addresses: list[int]) -> None:
+        marks = [self._marks.get(address) for address in addresses]
         softmax = next((mark for mark in marks if isinstance(mark, _Softmax)), None)
         if softmax is not None and softmax.counted:
             self._count(softmax.place, "unfused_backward" if softmax.of_scores else "unproven_backward", "softmax")
 
-    def _follow(self, kind: Kind, inputs: list[Tensor], output: Any) -> None:
+    def _follow(self, kind: Kind, inputs: list[Tensor], addresses: list[int], output: Any) -> None:
         """Mark what comes out by what went in."""
-        addresses = [_address(value) for value in inputs]
         for value, address in zip(inputs, addresses, strict=True):
             if isinstance(value, nn.Parameter):
                 self._marks[address] = _WEIGHTS  # and so are its views
         mark = self._mark(kind, [self._marks.get(address) for address in addresses])
-        for address in map(_address, _tensors(output)):
-            if address and (mark is not None or address not in addresses):
-                self._marks[address] = mark
+        if mark is not None:
+            self._marks |= dict.fromkeys(map(_address, _tensors(output)), mark)
         self._marks.pop(0, None)
 
     def _mark(self, kind: Kind, marks: list[_Mark]) -> _Mark:

@@ -261,6 +261,18 @@ class TestWhatElseCouldPass:
         found = {module.path.rpartition(".")[2]: (module.fused, module.fused_backward) for module in audit(run, network).modules}
         assert found == {"forgotten": (4, 0), "kept": (8, 8)}
 
+    def test_memory_that_scores_lay_in_makes_no_scores_of_what_comes_to_lie_there(self) -> None:
+        """Softmaxes are thrown away; what attention gives, each as large, comes to lie where they were, and is multiplied."""
+        a, q, c = torch.randn(4, 64, 8), torch.randn(4, 1, 64, 64), torch.randn(4, 64, 64)
+
+        def run() -> None:
+            thrown_away = [torch.softmax(torch.bmm(a, a.mT), -1) for _ in range(8)]
+            del thrown_away
+            for out in [F.scaled_dot_product_attention(q, q, q) for _ in range(8)]:
+                torch.bmm(out[:, 0], c)
+
+        assert counts(audit(run)) == (8, 0, 0)
+
     def test_forward_mode_and_second_order(self) -> None:
         q = heads()
 
