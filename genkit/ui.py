@@ -85,9 +85,10 @@ def classify(picture: Image | None, labels: str, policy: str, *, device: str = "
     return told, f"{out.evaluations[0]} network evaluations; error bound {out.error_bounds[0]:.3f}"
 
 
-def detect(picture: Image | None, prior: bool, *, device: str = "cpu") -> tuple[Image, list[list[Any]], str]:
-    """The picture with what was found, a table of it, and what it cost."""
+def detect(picture: Image | None, prior: bool, budget: int, *, device: str = "cpu") -> tuple[Image, list[list[Any]], str]:
+    """The picture with what was found, a table of it, and what it cost; after `budget` evaluations nothing more is looked for."""
     from genkit.images import with_boxes
+    from genkit.inversion.layout_search import LayoutSearch
     from genkit.pipelines import LayoutInversionPipeline
 
     if picture is None:
@@ -95,7 +96,8 @@ def detect(picture: Image | None, prior: bool, *, device: str = "cpu") -> tuple[
     pipe = LayoutInversionPipeline.from_pipe(_loaded("scenes", device))
     width, height = pipe.picture_size
     shown = picture.convert("RGB").resize((width, height))
-    found = pipe([shown], prior=_prior(device) if prior else None).detections[0]
+    search = LayoutSearch(budget=int(budget))
+    found = pipe([shown], prior=_prior(device) if prior else None, search=search).detections[0]
     boxes = [[x0 * width, y0 * height, x1 * width, y1 * height] for x0, y0, x1, y1 in found.layout.boxes]
     texts = [f"{label} {score:.2f}" for label, score in zip(found.layout.labels, found.scores, strict=True)]
     rows = [
@@ -214,19 +216,23 @@ def _classify_tab(gr: Any, run: Any) -> None:
 
 
 def _detect_tab(gr: Any, run: Any) -> None:
+    from genkit.inversion.layout_search import LayoutSearch
+
     with gr.Row():
         with gr.Column():
             picture = gr.Image(type="pil", label="Picture", height=256)
             number = gr.Number(0, label="Held-out scene", precision=0)
             take = gr.Button("Take this scene")
             prior = gr.Checkbox(True, label="Prior of layouts")
+            most = LayoutSearch.budget
+            budget = gr.Slider(500, 2 * most, most, step=500, label="Network evaluations after which nothing more is looked for")
             button = gr.Button("Detect", variant="primary")
         with gr.Column():
             drawn = gr.Image(label="Found", height=340)
             table = gr.Dataframe(headers=["label", "score", "x0", "y0", "x1", "y1"], label="Objects, boxes in pixels")
             cost = gr.Textbox(label="Cost", interactive=False)
     take.click(scene, number, picture, api_name="scene")
-    button.click(run, [picture, prior], [drawn, table, cost], api_name="detect")
+    button.click(run, [picture, prior, budget], [drawn, table, cost], api_name="detect")
 
 
 def _assemble_tab(gr: Any, told: Any) -> None:

@@ -15,6 +15,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 from benchmarks.notebooks import LIMIT, PICTURE, WIDTH, clean, source_hash
+from tests.kernels import forked
 
 CHECKOUT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
@@ -32,9 +33,9 @@ SEARCH = SearchConfig(candidates=120, rotations=24, starts=8, beam=4, rounds=1, 
     "attention": "STEPS, SEEDS, LENGTHS, SCALES = 6, [0, 1], [128, 256], [0.0, 20.0, 100.0]",
     "class_tokens": "UPDATES, STEPS, SEEDS = 3, 10, list(range(5000, 5004))",
     "classifier_guidance": "STEPS, SEEDS, SCALES, FEW = 10, [0, 1, 2], [0, 8], 4",
-    "detection": "SCENES, STEPS = [1, 3], 10",
-    "diffusion_classifier": "IMAGES, PAIRS, MORE, DRAWN = 12, 10, 20, 4",
-    "discriminator_guidance": "PICTURES, COUNT, UPDATES, DRAWN = 40, 200, 10, 20",
+    "detection": "SCENES, STEPS, PROPOSALS, BUDGET = [0], 10, 2, 1000",
+    "diffusion_classifier": "IMAGES, PAIRS, MORE, DRAWN = 8, 8, 20, 4",
+    "discriminator_guidance": "PICTURES, COUNT, UPDATES, DRAWN = 30, 100, 10, 10",
     "distillation": "TEACHER, ROUNDS, MEAN_ROUNDS, COUNT, DIGIT_ROUNDS, PAINT_ROUNDS, SHOWN = 100, 30, 10, 16, 2, 2, 4",
     "dreamteacher": "PICTURES, STEPS, BATCH, SIZE, TRAIN, TEST, COUNTS, LABEL_STEPS = 64, 4, 16, 32, 400, 60, [40, 100], 3",
     "features": "TRAIN, TEST, TIMES, STEPS, REPEATS = 120, 60, [50, 400], 10, 3",
@@ -79,7 +80,7 @@ def test_runs_and_draws_what_is_kept(path, tmp_path, monkeypatch):
     committed = cells(nbformat.read(path, as_version=4))
     (settings,) = (i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
     notebook.cells.insert(settings + 1, nbformat.v4.new_code_cell(SMALL[path.stem]))
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    forked(NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})).execute()
     del notebook.cells[settings + 1]
     clean(notebook)
     for cell, kept in zip(cells(notebook), committed, strict=True):

@@ -17,7 +17,7 @@ from genkit.cli.app import app
 from genkit.journal import Journal
 from genkit.pipelines import DiffusionClassifierPipeline
 from genkit.scoring import PairPlan
-from tests.processes import interrupted, two_processes
+from tests.processes import stopped, two_processes
 
 LABELS = ["seven", "cat"]
 
@@ -311,7 +311,7 @@ def test_ctrl_c_keeps_what_is_finished(folder: Path, options: tuple[object, ...]
         Image.new("RGB", (16, 16), (i, 0, 0)).save(folder / "cat" / f"more{i}.png")
     line = [str(a) for a in ("classify", folder, *options, "--pairs", 64, "--batch", 8, "--out", tmp_path / "out.csv", "--json")]
     journal = tmp_path / "out.jsonl"
-    code, stdout, stderr = interrupted(line, lambda: journal.is_file() and len(journal.read_text().splitlines()) > 2, seconds=120)
+    code, stdout, stderr = stopped(line, lambda: journal.is_file() and len(journal.read_text().splitlines()) > 2, seconds=120)
     assert code == 130, stderr
     finished = json.loads(stdout)["results"]
     assert 2 <= len(finished) < 206

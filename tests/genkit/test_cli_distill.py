@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,7 +19,7 @@ from genkit import runner
 from genkit.cli.app import app
 from genkit.cli.distill import lora_rank
 from tests.distill.tiny_runs import data_of, denoiser_of
-from tests.processes import two_processes
+from tests.processes import stopped, two_processes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 QUICK = ("--batch-size", "4", "--head-width", "8", "--preview-every", "0", "--log-every", "1", "--lr", "1e-4", "--device", "cpu")
@@ -240,15 +238,9 @@ def test_signals_save_and_say_how_to_go_on(number: signal.Signals, line: list[st
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(line: list[str], tmp_path: Path) -> None:
     """SIGKILL after round 3 or later, with the last checkpoint at an even round."""
     command = [*line, "--checkpoint-every", "2", "--checkpoints-limit", "0"]
-    process = subprocess.Popen([sys.executable, "-m", "genkit", *command, "--steps", "5000"], stderr=subprocess.PIPE, text=True)
-    file, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 240
-    try:
-        while process.poll() is None and time.monotonic() < deadline and lines(file) < 3:
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        stderr = process.communicate()[1]
-    assert process.returncode == -signal.SIGKILL, stderr
+    file = tmp_path / "run" / "log.jsonl"
+    code, _, stderr = stopped([*command, "--steps", "5000"], lambda: lines(file) >= 3, number=signal.SIGKILL)
+    assert code == -signal.SIGKILL, stderr
     last = max(int(path.name.partition("-")[2]) for path in (tmp_path / "run").glob("checkpoint-*"))
     genkit(*command, "--steps", last + 2, "--resume", "latest")
     assert [entry["step"] for entry in log(tmp_path / "run")] == list(range(1, last + 3))

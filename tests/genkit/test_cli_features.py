@@ -16,7 +16,7 @@ from genkit.cli.app import app
 from genkit.cli.features import parse_pool, parse_taps, parse_times
 from genkit.features import FeatureCache, Probe
 from genkit.runner import load
-from tests.processes import interrupted, two_processes
+from tests.processes import stopped, two_processes
 
 
 def genkit(*arguments: object, code: int = 0):
@@ -138,7 +138,7 @@ def test_a_folder_without_classes_trains_no_probe(photos: Path, tiny_folder: Pat
 def test_ctrl_c_keeps_what_is_finished(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "f"
     line = ["features", "digits", "--model", str(tiny_folder), "--draws", "8", "--batch", "2", "--out", str(out)]
-    code, stdout, stderr = interrupted([*line, "--json"], (out / "done-0.json").exists)
+    code, stdout, stderr = stopped([*line, "--json"], (out / "done-0.json").exists)
     assert code == 130, stderr
     assert "Repeat the command with --resume" in stderr
     assert json.loads(stdout)["interrupted"]

@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from genkit.cli.app import app
-from tests.processes import interrupted, two_processes
+from tests.processes import stopped, torchrun
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to one process")
@@ -31,7 +31,7 @@ def test_ctrl_c_keeps_what_is_finished(tiny_folder: Path, tmp_path: Path) -> Non
         "--out",
         str(tmp_path),
     ]
-    code, stdout, stderr = interrupted([*line, "--json"], lambda: len(list(tmp_path.glob("*.json"))) >= 2)
+    code, stdout, stderr = stopped([*line, "--json"], lambda: len(list(tmp_path.glob("*.json"))) >= 2)
     assert code == 130, stderr
     assert "Repeat with --resume to finish" in stderr
     document = json.loads(stdout)
@@ -44,7 +44,7 @@ def test_ctrl_c_keeps_what_is_finished(tiny_folder: Path, tmp_path: Path) -> Non
 
 def test_two_processes_make_what_one_makes(tiny_folder: Path, tmp_path: Path) -> None:
     line = ["sample", "a red seven", "--model", str(tiny_folder), "--seeds", "0-4", "--steps", "3", "--out"]
-    code, stdout, stderr = two_processes([*line, str(tmp_path / "two"), "--json"])
+    code, stdout, stderr = torchrun([*line, str(tmp_path / "two"), "--json"])
     assert code == 0, stderr
     assert len(json.loads(stdout)["images"]) == 5
     assert CliRunner().invoke(app, [*line, str(tmp_path / "one")]).exit_code == 0

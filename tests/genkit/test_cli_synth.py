@@ -14,7 +14,7 @@ from genkit.cli.app import app
 from genkit.cli.synth import parse_labels, read_texts
 from genkit.distill import LatentDataset
 from tests import tiny
-from tests.processes import interrupted, two_processes
+from tests.processes import stopped, two_processes
 
 
 def genkit(*arguments: object, code: int = 0):
@@ -130,7 +130,7 @@ def test_bad_jsonl(content: str, message: str, tiny_folder: Path, tmp_path: Path
 def test_ctrl_c_keeps_finished_shards(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "d"
     line = ["synth", "--teacher", str(tiny_folder), "--prompt", "a seven", "--count", "500", "--steps", "9", "--shard-size", "4"]
-    code, stdout, stderr = interrupted([*line, "--out", str(out), "--json"], (out / "shard-00001.safetensors").exists)
+    code, stdout, stderr = stopped([*line, "--out", str(out), "--json"], (out / "shard-00001.safetensors").exists)
     assert code == 130, stderr
     assert "Repeat the command with --resume" in stderr
     assert json.loads(stdout)["interrupted"]

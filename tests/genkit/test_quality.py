@@ -32,7 +32,7 @@ def test_judge_and_guide_are_different_networks():
 
 
 def test_prompts_are_followed(pipe):
-    figures = quality.text_to_image(pipe, 100, num_inference_steps=30, guidance_scale=2.0)
+    figures = quality.text_to_image(pipe, 100, num_inference_steps=20, guidance_scale=2.0)
     assert min(figures["digit"], figures["ink"], figures["paper"]) >= 0.96
     assert figures["ratio"] <= 2.0
 
@@ -53,8 +53,8 @@ def test_classifier_guidance_steers_the_null_prompt(pipe):
     from genkit.guidance import ClassifierGuidance
 
     guide = load_classifier("digits-classifier")
-    plain = quality.steered(pipe, lambda targets: None, 50, num_inference_steps=50)
-    guided = quality.steered(pipe, lambda targets: ClassifierGuidance(guide, targets), 50, num_inference_steps=50)
+    plain = quality.steered(pipe, lambda targets: None, 50, num_inference_steps=25)
+    guided = quality.steered(pipe, lambda targets: ClassifierGuidance(guide, targets), 50, num_inference_steps=25)
     assert plain["digit"] <= 0.3
     assert guided["digit"] >= 0.8
 

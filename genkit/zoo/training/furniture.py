@@ -33,6 +33,7 @@ from genkit.zoo.training.text_to_latent import velocity_loss
 
 CONFIG = TrainConfig(steps=5000, batch_size=32, lr=1e-3, warmup=200, seed=91, ema_decay=0.999, validate_every=500, bf16=False)
 SHAPES, HELD = 4000, 64  # of each category, to train on and to validate on
+JOB = 50  # of a category, that a process draws at a time
 STORED, SEEN = 2048, (256, 512)  # points of each that are kept, and that are seen at a time
 SURFACE_AREA = 36.0  # of a cloud: chairs and tables have a standard deviation of about 1 then
 TURN, JITTER = math.radians(10), 0.02
@@ -76,9 +77,12 @@ def furniture_shapes(split: str, count: int, cache: Path | None = None) -> Shape
     file = None if cache is None else cache / f"shapes-{split}-{count}.pt"
     if file is not None and file.is_file():
         return Shapes(**torch.load(file, weights_only=True))
-    jobs = [(category, split, seeds) for category in CATEGORIES for seeds in torch.arange(count).split(50)]
-    with progress() as bar, ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        rows = list(bar.track(pool.map(_described, jobs), total=len(jobs), description=f"furniture of {split}"))
+    jobs = [(category, split, seeds) for category in CATEGORIES for seeds in torch.arange(count).split(JOB)]
+    spawn = multiprocessing.get_context("spawn")
+    # No process starts before it is given work, so none does (its imports take seconds) where there is little to draw.
+    with progress() as bar, ProcessPoolExecutor(mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        drawn = map(_described, jobs) if count < JOB else pool.map(_described, jobs)
+        rows = list(bar.track(drawn, total=len(jobs), description=f"furniture of {split}"))
     fields = (torch.cat(values).unflatten(0, (len(CATEGORIES), count)) for values in zip(*rows, strict=True))
     shapes = Shapes(*fields)
     if file is not None:
@@ -89,7 +93,6 @@ def furniture_shapes(split: str, count: int, cache: Path | None = None) -> Shape
 
 def _described(job: tuple[str, str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of `Shapes` of a category, a split and some seeds."""
-    torch.set_num_threads(1)
     category, split, seeds = job
     clouds, parts = [], torch.zeros(len(seeds), MOST_PARTS, FEATURES)
     counts = torch.zeros(len(seeds), dtype=torch.long)
