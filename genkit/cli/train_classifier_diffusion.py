@@ -34,6 +34,7 @@ def classifier_diffusion(
         float, option(_HOW, "Decay of the average of the weights that is saved; 0 saves the weights.", min=0, max=0.99999)
     ] = 0.998,
     label_dropout: Annotated[float, option(_HOW, "Share of labels that become the null prompt.", min=0, max=0.99)] = 0.1,
+    dropout: Annotated[float, option(_HOW, "Dropout in the residual blocks of the U-Net.", min=0, max=0.99)] = 0.0,
     times: Annotated[
         str, option(_HOW, "Training times: uniform, or logit-normal:M,S; 0.3,0.8 dwells where classes differ.")
     ] = "uniform",
@@ -78,8 +79,8 @@ def classifier_diffusion(
         from genkit.zoo.training.class_conditional import ClassConditionalConfig, class_labels
 
         config = ClassConditionalConfig(
-            vae=vae, size=size, block_out_channels=widths, layers_per_block=layers, label_dropout=label_dropout,
-            times=times,
+            vae=vae, size=size, block_out_channels=widths, layers_per_block=layers, dropout=dropout,
+            label_dropout=label_dropout, times=times,
             train=TrainConfig(
                 steps=steps, batch_size=batch, lr=lr, warmup=min(200, steps), ema_decay=ema, seed=seed, patience=patience,
                 validate_every=validate_every, bf16=bf16,

@@ -243,3 +243,11 @@ def test_training_times_of_choice(data: Path, tmp_path: Path) -> None:
     document = json.loads(train("--data", data, "--out", tmp_path / "a", *QUICK, *chosen).stdout)
     assert document["training"]["times"] == "logit-normal:0.3,0.8"
     assert "Unknown noise distribution 'cosine'" in train("--data", data, "--out", tmp_path, "--times", "cosine", code=2).stderr
+
+
+def test_dropout_of_choice(data: Path, tmp_path: Path) -> None:
+    document = json.loads(train("--data", data, "--out", tmp_path, *QUICK, "--dropout", 0.2, "--json").stdout)
+    assert document["training"]["dropout"] == 0.2
+    assert StableDiffusionPipeline.from_pretrained(tmp_path).unet.config.dropout == 0.2
+    message = train("--data", data, "--out", tmp_path, *QUICK, "--dropout", 0.3, "--resume", code=2).stderr
+    assert "was made with other dropout. Use another --out." in message

@@ -296,6 +296,11 @@ def _card(
         "data": source.name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "vae": config.vae,
-        "training": {**dataclasses.asdict(config.train), "label_dropout": config.label_dropout, "times": config.times},
+        "training": {
+            **dataclasses.asdict(config.train),
+            "dropout": config.dropout,
+            "label_dropout": config.label_dropout,
+            "times": config.times,
+        },
         "kept": {"step": best["step"], "validation_loss": best["validation"]["loss"]},
     }
