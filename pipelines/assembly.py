@@ -119,7 +119,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
             num_templates: clouds that the model draws; by default 4 of one that is told the parts, else 16. A search goes on with
                 what becomes of the best quarter of them, or of two.
             num_hypotheses: assemblies that are returned, at most.
-            template_steps: of DDIM for each cloud.
+            template_steps: of DDIM for each cloud; more bring it closer to the parts, and take as much longer.
             refine_steps: of refinement after the start; by default none after a search, which settles by itself, else 60.
             h_range: noise over signal at the first and the last step, in units; in standard deviations with `coupling="index"`.
             init: `search` from nowhere, `random` poses, or `given` ones, which are settled as found ones are.
@@ -151,7 +151,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
             push_apart = PushApartConfig(legacy=True)
         elif preset is not None:
             raise ValueError(f"Unknown preset {preset!r}. Known: paper.")
-        self._check(init, coupling, reference, num_templates, num_hypotheses)
+        self._check(init, coupling, reference, num_templates, num_hypotheses, template_steps)
         order = content_order(parts)
         parts = parts[order]
         if initial_poses is not None:
@@ -266,11 +266,15 @@ class PartAssemblyPipeline(DiffusionPipeline):
             raise ValueError("There is no model here. Give a reference (a scan or a mesh), or a pipeline with a denoiser.")
         return PointModel(self.denoiser, self.scheduler, parts, tell=tell)
 
-    def _check(self, init: str, coupling: str, reference: Any, num_templates: int | None, num_hypotheses: int) -> None:
+    def _check(
+        self, init: str, coupling: str, reference: Any, num_templates: int | None, num_hypotheses: int, template_steps: int
+    ) -> None:
         if init not in ("search", "random", "given"):
             raise ValueError(f"Unknown init {init!r}. Known: search, random, given.")
-        if num_hypotheses < 1 or (num_templates is not None and num_templates < 1):
-            raise ValueError(f"num_templates={num_templates} and num_hypotheses={num_hypotheses} must be at least 1.")
+        counts = {"num_templates": num_templates, "num_hypotheses": num_hypotheses, "template_steps": template_steps}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name}={count} must be at least 1.")
         if reference is None or coupling == "index":
             self._model()
         if reference is not None and coupling == "index":
@@ -300,8 +304,9 @@ class PartAssemblyPipeline(DiffusionPipeline):
         if init == "search":
             keep = max(2, count // 4)
             templates = imagine(
-                parts, opinion, templates, seed=seed, keep=keep, on_stage=lambda name, done: tell(name, IMAGINED * done)
-            )
+                parts, opinion, templates, steps=steps, seed=seed, keep=keep,
+                on_stage=lambda name, done: tell(name, IMAGINED * done),
+            )  # fmt: skip
         return opinion, templates
 
 

@@ -71,6 +71,7 @@ def test_every_system_has_one():
     assert {path.stem for path in NOTEBOOKS} == set(SMALL) >= guidance | others
 
 
+@pytest.mark.slow
 @each_notebook
 def test_runs_and_draws_what_is_kept(path, tmp_path, monkeypatch):
     for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):

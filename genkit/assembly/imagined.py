@@ -99,7 +99,9 @@ def samples(model: PointModel, count: int, category: str | int | None, *, steps:
     middle = model.generate(-(-count // 2), category, points=POINTS, steps=steps, seed=seed)
     few = model.generate(count // 2, category, points=size, steps=steps, seed=mix(seed, 6))
     many = [
-        model.renewed(cloud.repeat(-(-POINTS // size), 1)[None, :POINTS], FINAL, category, seed=mix(seed, i))[0]
+        model.renewed(cloud.repeat(-(-POINTS // size), 1)[None, :POINTS], FINAL, category, steps=_whole(steps), seed=mix(seed, i))[
+            0
+        ]
         for i, cloud in enumerate(few)
     ]
     clouds = torch.empty(count, POINTS, 3)
@@ -112,6 +114,7 @@ def imagine(
     opinion: Opinion,
     templates: list[Template],
     *,
+    steps: int = 20,
     seed: int = 0,
     keep: int = 4,
     on_stage: Callable[[str, float], None] | None = None,
@@ -120,6 +123,7 @@ def imagine(
 
     Args:
         templates: samples of the model, as this returns them; in each round the better half goes on.
+        steps: of DDIM that samples took.
     """
     tell = on_stage or (lambda name, share: None)
     rounds = ROUNDS if opinion.model.parts is None else ROUNDS[-1:]
@@ -143,8 +147,8 @@ def imagine(
         return [(idea.template, idea.scale, torch.zeros(3)) for idea in _best(ideas, keep)]
     for r, h in enumerate(rounds):
         ideas = _best(ideas, max(keep, len(ideas) // 2))
-        ideas = [idea(*_renewed(opinion, one.pose, h, mix(seed, r)), len(templates) + k) for k, one in enumerate(ideas)]
-    found = [_renewed(opinion, one.pose, FINAL, mix(seed, len(rounds)), 2 * POINTS) for one in _best(ideas, keep)]
+        ideas = [idea(*_renewed(opinion, one.pose, h, steps, mix(seed, r)), len(templates) + k) for k, one in enumerate(ideas)]
+    found = [_renewed(opinion, one.pose, FINAL, steps, mix(seed, len(rounds)), 2 * POINTS) for one in _best(ideas, keep)]
     return [(template, scale, torch.zeros(3)) for template, scale in found]
 
 
@@ -154,10 +158,16 @@ def both(parts: PartSet, poses: Tensor) -> Tensor:
     return torch.stack([*poses, *(new for new, old in zip(moved, poses, strict=True) if not torch.equal(new, old))])
 
 
-def _renewed(opinion: Opinion, pose: Tensor, h: float, seed: int, points: int = POINTS) -> tuple[Surface, float]:
+def _whole(steps: int) -> int:
+    """Steps of a whole denoising, of which a renewal takes the last: half as many again as a sample takes."""
+    return 3 * steps // 2
+
+
+def _renewed(opinion: Opinion, pose: Tensor, h: float, steps: int, seed: int, points: int = POINTS) -> tuple[Surface, float]:
     """What the model makes of an assembly (P, 4, 4), in units, centred, and its scale."""
     cloud, scale = opinion.cloud(pose, points, seed)
-    return template_surface(opinion.model.renewed(cloud[None], h, opinion.category, seed=seed)[0], scale=scale), scale
+    made = opinion.model.renewed(cloud[None], h, opinion.category, steps=_whole(steps), seed=seed)[0]
+    return template_surface(made, scale=scale), scale
 
 
 def _best(ideas: list[_Idea], count: int) -> list[_Idea]:

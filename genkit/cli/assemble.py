@@ -55,6 +55,7 @@ def assemble(
         int | None,
         option(_HOW, "Samples of the model to assemble on.", min=1, show_default="4 of a model that is told the parts, else 16"),
     ] = None,
+    template_steps: Annotated[int, option(_HOW, "Steps of DDIM for each sample; more bring it closer to the parts.", min=1)] = 20,
     refine: Annotated[
         int | None, option(_HOW, "Steps of refinement.", min=1, show_default="none after a search, 60 from kept poses")
     ] = None,
@@ -117,7 +118,7 @@ def assemble(
         logging.disable_progress_bar()
         pipe = PartAssemblyPipeline() if whole is not None else PartAssemblyPipeline.from_zoo(model)
         settings: dict[str, Any] = {"num_hypotheses": hypotheses, "num_templates": templates, "refine_steps": refine, "seed": seed}
-        settings |= {"reference": whole, "estimate_scale": reference_units is None}
+        settings |= {"reference": whole, "estimate_scale": reference_units is None, "template_steps": template_steps}
         if whole is None:
             pipe.check_category(category)
             group, settings["category"] = centred(group), category

@@ -43,6 +43,7 @@ def assemble_eval(
     templates: Annotated[
         int | None, option(_HOW, "Samples of the model.", min=1, show_default="4 of a model that is told the parts, else 16")
     ] = None,
+    template_steps: Annotated[int, option(_HOW, "Steps of DDIM for each sample.", min=1)] = 20,
     seed: Annotated[int, option(_HOW, "Of everything random.", min=0)] = 0,
     out: Annotated[Path | None, option(_WHERE, "JSON file: settings, summary and a row for each object, as they are done.")] = None,
     resume: Annotated[bool, option(_WHERE, "Keep the rows of --out, and do the others.", "--resume")] = False,
@@ -72,7 +73,8 @@ def assemble_eval(
                 raise unknown(kind, name, known)
         settings = {
             "data": data, "model": model, "points": points, "category": category, "split": split, "level": level,
-            "protocol": protocol, "preset": preset, "hypotheses": hypotheses, "templates": templates, "seed": seed,
+            "protocol": protocol, "preset": preset, "hypotheses": hypotheses, "templates": templates,
+            "template_steps": template_steps, "seed": seed,
         }  # fmt: skip
         rows = _kept(out, settings, resume)
         job = _Job(settings, rows, out, output)
@@ -126,8 +128,8 @@ class _Job:
             parts = centred(parts)
         began = time.process_time()
         out = pipe(
-            parts, num_hypotheses=how["hypotheses"], num_templates=how["templates"], seed=how["seed"],
-            preset="paper" if how["preset"] == "paper" else None, **given,
+            parts, num_hypotheses=how["hypotheses"], num_templates=how["templates"],
+            template_steps=how["template_steps"], seed=how["seed"], preset="paper" if how["preset"] == "paper" else None, **given,
         )  # fmt: skip
         seconds = time.process_time() - began
         measures = evaluate(out.poses, parts, how["protocol"])

@@ -202,7 +202,8 @@ def test_what_ties_is_ambiguous_and_what_is_bare_is_poor() -> None:
         ({"coupling": "index"}, "no model here"),
         ({"init": "anyhow"}, "Unknown init"),
         ({"preset": "papper"}, "Unknown preset"),
-        ({"num_hypotheses": 0}, "at least 1"),
+        ({"num_hypotheses": 0}, "num_hypotheses=0 must be at least 1"),
+        ({"template_steps": 0}, "template_steps=0 must be at least 1"),
     ],
 )
 def test_what_does_not_go_together_is_refused(parts: PartSet, arguments: dict[str, Any], message: str) -> None:
