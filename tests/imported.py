@@ -1,4 +1,4 @@
-"""What most commands import: it takes seconds, so `tests.processes` does it once."""
+"""What most commands import: it takes seconds, so `tests.processes` and `benchmarks/kill.py` do it once."""
 
 import accelerate  # noqa: F401
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401

@@ -55,6 +55,7 @@ def stopped(
             command.process.join(60)
         finally:
             command.process.kill()
+            command.process.join()
         return (command.process.exitcode, *command.output())
 
 

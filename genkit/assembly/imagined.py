@@ -98,12 +98,8 @@ def samples(model: PointModel, count: int, category: str | int | None, *, steps:
         return model.generate(count, category, points=POINTS, steps=steps, seed=seed)
     middle = model.generate(-(-count // 2), category, points=POINTS, steps=steps, seed=seed)
     few = model.generate(count // 2, category, points=size, steps=steps, seed=mix(seed, 6))
-    many = [
-        model.renewed(cloud.repeat(-(-POINTS // size), 1)[None, :POINTS], FINAL, category, steps=_whole(steps), seed=mix(seed, i))[
-            0
-        ]
-        for i, cloud in enumerate(few)
-    ]
+    repeated = [cloud.repeat(-(-POINTS // size), 1)[None, :POINTS] for cloud in few]
+    many = [model.renewed(cloud, FINAL, category, steps=_whole(steps), seed=mix(seed, i))[0] for i, cloud in enumerate(repeated)]
     clouds = torch.empty(count, POINTS, 3)
     clouds[0::2], clouds[1::2] = middle, torch.stack(many)
     return clouds
