@@ -30,7 +30,7 @@ from genkit.denoisers.base import network_name
 from genkit.distill.config import FREE, DistillConfig
 from genkit.distill.shards import difference, identity, settings_of
 from genkit.distill.trained import LORA_FILE, checkpoint_folders, load_weights
-from genkit.files import prepare_folder, write_atomic
+from genkit.files import prepare_folder, shorten_log, write_atomic
 
 if TYPE_CHECKING:
     from genkit.distill.trainer import DistillTrainer
@@ -66,7 +66,7 @@ class Run:
         if checkpoint is not None:
             self._restore(trainer, checkpoint)
         if self.leads:
-            self._shorten_log(trainer.step)
+            shorten_log(self.folder / "log.jsonl", trainer.step)
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints, the oldest first."""
@@ -130,14 +130,6 @@ class Run:
             schedule.load_state_dict(content)
         trainer.average.reset(averaged)
         trainer.average.updates = state["ema_steps"]
-
-    def _shorten_log(self, step: int) -> None:
-        """Drop the lines of rounds after `step`, which will be written again."""
-        file = self.folder / "log.jsonl"
-        if file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_atomic(file, "".join(kept).encode())
 
     def _chosen(self, resume: str | Path) -> Path | None:
         found = self.checkpoints()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,17 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def shorten_log(file: Path, last: int, key: str = "step") -> None:
+    """Drop the lines of a log (JSON, one object a line) that come after a step: an older run's, or ones that will be written again.
+
+    A line that a kill cut short goes too. A missing file stays missing.
+    """
+    if file.exists():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)[key] <= last]
+        write_atomic(file, "".join(kept).encode())
 
 
 def prepare_folder(folder: Path) -> None:

@@ -25,6 +25,7 @@ from genkit.attention.proof import Proof
 from genkit.checkpoints import load_pt
 from genkit.console import progress
 from genkit.errors import unknown
+from genkit.files import shorten_log
 from genkit.ranks import Ranks
 
 OPTIMIZERS = ("adamw", "lamb")
@@ -161,13 +162,15 @@ class _Run:
             temporary.unlink(missing_ok=True)
 
     def train(self, loss: Callable[..., Tensor], validate: Callable[[Any], dict[str, float]] | None) -> Any:
-        config, saved, told = self.config, time.monotonic(), self.step > 0
-        self.began = saved
+        config, saved = self.config, time.monotonic()
+        self.began, told = saved, self.step > 0
+        file = self.folder / f"log{self.ranks.index or ''}.jsonl"
+        shorten_log(file, self.step)
         try:
             with (
                 self.proof,
                 progress(disable=not self.ranks.leads) as bar,
-                open(self.folder / f"log{self.ranks.index or ''}.jsonl", "a") as log,
+                open(file, "a", encoding="utf-8") as log,
                 self._trackers() as track,
             ):
                 task = bar.add_task(self.name, total=config.steps, completed=self.step)

@@ -33,7 +33,7 @@ from genkit.attention.proof import Proof
 from genkit.checkpoints import load_pt
 from genkit.console import progress
 from genkit.denoisers import Denoiser
-from genkit.files import prepare_folder, write_atomic
+from genkit.files import prepare_folder, shorten_log, write_atomic
 from genkit.guidance.token_embedding import embedding_of, spliced
 from genkit.guidance.training.token_state import Learner, TokenConfig, TrainedToken
 from genkit.sampling import sample
@@ -104,8 +104,7 @@ class TokenTrainer:
             prepare_folder(folder)
             if resume and (folder / CHECKPOINT).is_file():
                 self._restore(folder / CHECKPOINT)
-            elif not resume:
-                (folder / LOG).unlink(missing_ok=True)
+            shorten_log(folder / LOG, self.update, "update")
         with self.prepared(), Proof(self.denoiser) as proof, progress() as bar:
             task = bar.add_task("class tokens", total=self.config.updates, completed=self.update)
             while self.update < self.config.updates and self._active():

@@ -41,6 +41,27 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_a_log_has_each_step_once_after_a_kill_and_after_a_new_start(tmp_path):
+    """A kill can come after a line and before its checkpoint, or within a line."""
+
+    def logged() -> list[int]:
+        return [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+
+    def stops(model, generator, step):
+        if step == 80:
+            raise KeyboardInterrupt
+        return regression(model, generator, step)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, stops, steps=150)
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 100, "loss": 1.0}\n{"step": 15')
+    train(tmp_path, steps=150, resume=True)
+    assert logged() == [50, 100, 150]
+    train(tmp_path, steps=100)
+    assert logged() == [50, 100]
+
+
 def test_loop_learns_logs_and_stops_on_nan(tmp_path):
     model = train(tmp_path / "a", steps=200)
     torch.testing.assert_close(model.weight, torch.ones(1, 3), atol=0.05, rtol=0)
