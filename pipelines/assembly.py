@@ -119,7 +119,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
             num_templates: clouds that the model draws; by default 4 of one that is told the parts, else 16. A search goes on with
                 what becomes of the best quarter of them, or of two.
             num_hypotheses: assemblies that are returned, at most.
-            template_steps: of DDIM for each cloud; more bring it closer to the parts, and take as much longer.
+            template_steps: of DPM-Solver++ for each cloud; more bring it closer to the parts, and take as much longer.
             refine_steps: of refinement after the start; by default none after a search, which settles by itself, else 60.
             h_range: noise over signal at the first and the last step, in units; in standard deviations with `coupling="index"`.
             init: `search` from nowhere, `random` poses, or `given` ones, which are settled as found ones are.

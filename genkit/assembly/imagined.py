@@ -119,7 +119,7 @@ def imagine(
 
     Args:
         templates: samples of the model, as this returns them; in each round the better half goes on.
-        steps: of DDIM that samples took.
+        steps: of DPM-Solver++ that samples took.
     """
     tell = on_stage or (lambda name, share: None)
     rounds = ROUNDS if opinion.model.parts is None else ROUNDS[-1:]

@@ -1,6 +1,6 @@
 """A point-cloud diffusion model for assembly: as a source of templates, and as the denoiser of the assembly itself.
 
-    templates    clouds of the model's prior, by DDIM from noise                                        (Song et al. 2020)
+    templates    clouds of the model's prior, by DPM-Solver++ of second order from noise (Lu et al. 2022, arXiv 2211.01095)
     targets      y -> D(y): noise the assembly to a level h = sigma / alpha, denoise, back              (`couplings.DenoisedTarget`)
 
 The model knows clouds of unit standard deviation, or of one area; c and m, the scale and centre of a template in its lengths, say
@@ -128,10 +128,10 @@ class PointModel:
     def _denoised(
         self, x: Tensor, label: int | None, context: Tensor | None, steps: int, start: tuple[float, int] | None
     ) -> Tensor:
-        """By DDIM, from noise x, or from clouds x that are noised to a level first, with a seed."""
-        from diffusers import DDIMScheduler
+        """By DPM-Solver++, from noise x, or from clouds x that are noised to a level first, with a seed."""
+        from diffusers import DPMSolverMultistepScheduler
 
-        scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, timestep_spacing="trailing")
+        scheduler = DPMSolverMultistepScheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
         scheduler.set_timesteps(steps)
         timesteps = scheduler.timesteps
         if start is not None:

@@ -55,7 +55,7 @@ def assemble(
         int | None,
         option(_HOW, "Samples of the model to assemble on.", min=1, show_default="4 of a model that is told the parts, else 16"),
     ] = None,
-    template_steps: Annotated[int, option(_HOW, "Steps of DDIM for each sample; more bring it closer to the parts.", min=1)] = 20,
+    template_steps: Annotated[int, option(_HOW, "Steps of DPM-Solver++ for each sample.", min=1)] = 20,
     refine: Annotated[
         int | None, option(_HOW, "Steps of refinement.", min=1, show_default="none after a search, 60 from kept poses")
     ] = None,

@@ -43,7 +43,7 @@ def assemble_eval(
     templates: Annotated[
         int | None, option(_HOW, "Samples of the model.", min=1, show_default="4 of a model that is told the parts, else 16")
     ] = None,
-    template_steps: Annotated[int, option(_HOW, "Steps of DDIM for each sample.", min=1)] = 20,
+    template_steps: Annotated[int, option(_HOW, "Steps of DPM-Solver++ for each sample.", min=1)] = 20,
     seed: Annotated[int, option(_HOW, "Of everything random.", min=0)] = 0,
     out: Annotated[Path | None, option(_WHERE, "JSON file: settings, summary and a row for each object, as they are done.")] = None,
     resume: Annotated[bool, option(_WHERE, "Keep the rows of --out, and do the others.", "--resume")] = False,
