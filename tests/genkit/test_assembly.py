@@ -395,6 +395,8 @@ def test_dgl_divides_by_twenty_parts_and_takes_the_best() -> None:
     assert evaluate(both, parts, "dgl")["part_accuracy"] == 1
     assert evaluate(both, parts)["part_accuracy"] < 1
     assert evaluate(both, parts)["best_part_accuracy"] == 1
+    alone = [evaluate(both, parts), evaluate(wrong[None], parts)]
+    assert summarise(alone)["best_part_accuracy"] == pytest.approx(0.5 * (1 + alone[1]["part_accuracy"]))
     rows = [evaluate(true, parts), evaluate(wrong, parts)]
     assert summarise(rows)["part_accuracy"] == pytest.approx(0.5 * (1 + rows[1]["part_accuracy"]))
 
