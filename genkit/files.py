@@ -31,12 +31,18 @@ def write_atomic(path: Path, data: bytes) -> None:
 def shorten_log(file: Path, last: int, key: str = "step") -> None:
     """Drop the lines of a log (JSON, one object a line) that come after a step: an older run's, or ones that will be written again.
 
-    A line that a kill cut short goes too. A missing file stays missing.
+    A line that a kill cut short goes too, and one that cannot be read, as a crash of the machine leaves them. A missing file stays
+    missing.
     """
+
+    def kept(line: bytes) -> bool:
+        try:
+            return line.endswith(b"\n") and json.loads(line)[key] <= last
+        except (ValueError, KeyError, TypeError):
+            return False
+
     if file.exists():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)[key] <= last]
-        write_atomic(file, "".join(kept).encode())
+        write_atomic(file, b"".join(line for line in file.read_bytes().splitlines(keepends=True) if kept(line)))
 
 
 def prepare_folder(folder: Path) -> None:
