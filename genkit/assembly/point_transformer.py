@@ -1,6 +1,7 @@
 """PointSetTransformer: a diffusion network of point clouds that sees the whole set, at a cost that grows with its size alone.
 
-    L <- L + Attention(L, X);   L <- L + MLP(L);   X <- X + Attention(X, L);   X <- X + MLP(X)          in each block
+    L <- L + Attention(L, X);   L <- L + Attention(L, L);   L <- L + MLP(L);
+    X <- X + Attention(X, L);   X <- X + MLP(X)                                                          in each block
 
 L are a few learned latents through which the points X hear of each other (induced set attention: Lee et al. 2019, arXiv
 1810.00825), and one more for each part that the whole shall be made of, if those are told (`genkit.assembly.descriptors`). Points
@@ -55,7 +56,7 @@ class PointSetTransformer(ModelMixin, ConfigMixin):
         self,
         categories: Sequence[str],
         width: int = 64,
-        layers: int = 5,
+        layers: int = 6,
         heads: int = 4,
         latents: int = 32,
         sample_size: int = 512,
@@ -155,14 +156,17 @@ class _Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.gather, self.spread = _Attention(width, heads), _Attention(width, heads)
-        self.norm_latents, self.norm_mixed, self.norm_spread = (nn.LayerNorm(width) for _ in range(3))
+        self.norm_latents, self.norm_spread = nn.LayerNorm(width), nn.LayerNorm(width)
         self.norm_points, self.norm_mlp = _AdaptiveNorm(width), _AdaptiveNorm(width)
         self.mix, self.mlp = _mlp(width), _mlp(width)
+        self.exchange, self.norm_exchange, self.norm_mixed = _Attention(width, heads), _AdaptiveNorm(width), _AdaptiveNorm(width)
 
     def forward(self, points: Tensor, latents: Tensor, condition: Tensor, told: Tensor | None) -> tuple[Tensor, Tensor]:
         normed = self.norm_points(points, condition)
         latents = latents + self.gather(self.norm_latents(latents), normed)
-        latents = latents + self.mix(self.norm_mixed(latents))
+        exchanged = self.norm_exchange(latents, condition)
+        latents = latents + self.exchange(exchanged, exchanged, told)
+        latents = latents + self.mix(self.norm_mixed(latents, condition))
         points = points + self.spread(normed, self.norm_spread(latents), told)
         return points + self.mlp(self.norm_mlp(points, condition)), latents
 
