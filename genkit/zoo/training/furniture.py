@@ -2,9 +2,9 @@
 
 Clouds are area-uniform samples of all surfaces, centred, all of one area, so that a list of parts tells their size. Each time one
 is seen it is other points of it, turned by up to 10 degrees about the vertical and scaled by up to 2 %, with 128 or 256 points: a
-network that always saw as many draws the middle of its category from more, and more steps of fewer points teach it more in the same
-time. The loss is that of `genkit.zoo.training.text_to_latent.velocity_loss`, on the cosine schedule. A tenth of the clouds have no
-class, a fifth no parts; descriptors of parts are off by about a hundredth.
+network that always saw as many draws the middle of its category from more, and steps of few points are cheap. The loss is that of
+`genkit.zoo.training.text_to_latent.velocity_loss`, on the cosine schedule. A tenth of the clouds have no class, a fifth no parts;
+descriptors of parts are off by about a hundredth.
 """
 
 from __future__ import annotations
