@@ -16,12 +16,14 @@ from genkit.assembly.couplings import Coupling, Target, TemplateTarget
 from genkit.assembly.hypotheses import Verdict, distinct, judge, verdict
 from genkit.assembly.imagined import Opinion, Template, both, imagine, samples
 from genkit.assembly.nearest_grid import Surface
-from genkit.assembly.parts import PartSet
+from genkit.assembly.parts import PartSet, content_order
 from genkit.assembly.point_model import PointModel
 from genkit.assembly.push import PushApartConfig
 from genkit.assembly.refinement import annealed, refine
 from genkit.assembly.rigid import transform
-from genkit.assembly.search import Search, SearchConfig, area_scale, content_order, scale_of
+from genkit.assembly.scale import area_scale, scale_of
+from genkit.assembly.search import Search
+from genkit.assembly.search_config import SearchConfig
 from genkit.assembly.starts import scattered
 from genkit.assembly.surfaces import template_surface
 from genkit.noise import mix
@@ -40,7 +42,7 @@ class PartAssemblyOutput(BaseOutput):
         points: the parts' samples in place (H, P, N, 3), in units.
         scale: (H,), how many times larger than the parts the template was.
         scores: `score`, by which they are ranked, `energy`, `coverage`, `fit`, `pieces` (H,) and `residual` (H, P), with a model
-            also `surprise`, `overlap` and `gap` (H,), see `genkit.assembly.hypotheses`; none of them knows the truth.
+            also the terms of `score` (H,), see `genkit.assembly.imagined`; none of them knows the truth.
         template_ids: (H,), which template each was found on.
         equivalence: of each part, the number of the first part of its shape.
         verdict: how sure one can be of the first.
@@ -169,6 +171,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
             init=init, initial_poses=initial_poses, coupling=coupling, category=category, push=push_apart, fit=fit, seed=seed,
             levels=annealed(h_range, steps) if steps else [], points=points_per_part, chunk=chunk_size,
         )  # fmt: skip
+        axis = None if opinion is None else opinion.axis
         searcher: Search | None = None
         found: list[_Found] = []
         for k, template in enumerate(templates):
@@ -177,7 +180,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
                 tell(name, begun + (1 - begun) * (k + done) / len(templates))
 
             of, seeded = template[0], mix(seed, k)
-            searcher = searcher.on(of, seeded, stage) if searcher else Search(parts, of, search, seeded, stage)
+            searcher = searcher.on(of, seeded, stage) if searcher else Search(parts, of, search, seeded, stage, axis=axis)
             rows = range(k, num_hypotheses, len(templates))
             found.append(self._assembled(parts, template, searcher, how, rows, opinion))
         assert searcher is not None  # there is a template at least
@@ -297,8 +300,8 @@ class PartAssemblyPipeline(DiffusionPipeline):
         if count is None:
             count = 16 if model.parts is None else 4
         drawn = samples(model, count, category, steps=steps, seed=seed)
-        opinion = Opinion(parts, model, category, float(drawn.square().mean().sqrt()))
         templates = [_in_units(parts, cloud, model.scale) for cloud in drawn]
+        opinion = Opinion(parts, model, category, [template for template, _, _ in templates], float(drawn.square().mean().sqrt()))
         if init == "random":
             templates = templates[:hypotheses]
         if init == "search":

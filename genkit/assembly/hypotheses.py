@@ -97,9 +97,7 @@ def judge(search: Search, parts: PartSet, poses: Tensor, opinion: Opinion | None
     scores = {"energy": energy, "coverage": covered, "fit": fit, "pieces": pieces, "residual": residual}
     if opinion is None:
         return {"score": energy, **scores}
-    more = [opinion.scores(pose) for pose in poses]
-    total = torch.tensor([opinion.total(float(e), one) for e, one in zip(energy, more, strict=True)])
-    return {"score": total, **scores, **{key: torch.tensor([one[key] for one in more]) for key in more[0]}}
+    return {**scores, **opinion.scores(search, poses)}
 
 
 def loose_pieces(parts: PartSet, pose: Tensor) -> int:

@@ -6,28 +6,33 @@ The model is told the parts, if it takes them (`genkit.assembly.descriptors`). D
 (SDEdit: Meng et al. 2021, arXiv 2108.01073): it has the parts' own sizes, and what is impossible about it goes. Assemblies are
 compared by
 
-    F(g) = E(g; S) + w surprise(g) + 0.05 overlap(g) + 0.01 gap(g),      w = 0.1, or 0.02 of a model that is not told the parts
+    F(g) = E(g; S) + 0.2 surprise(g) + asymmetry(g) + 0.02 overlap(g) + 0.01 gap(g)
 
-E is the search's energy; surprise the model's error at low noise, |eps - eps_theta|^2, on the same noise for all; the other two
-are those of `genkit.assembly.plausible`. A network that sees the whole set draws the middle of its category where it is given
-many more points than it was trained on, since their noise averages out; with as many as it was trained on, clouds differ as
-furniture does. Half of the samples of a model that is not told the parts are of each kind.
+(0.02 surprise of a model that is not told the parts). E is the search's energy; surprise the model's error at low noise,
+|eps - eps_theta|^2, on the same noise for all; the others are those of `genkit.assembly.mirror`, where the samples have a plane,
+and of `genkit.assembly.plausible`.
+
+A network that sees the whole set draws the middle of its category where it is given many more points than it was trained on, since
+their noise averages out; with as many as it was trained on, clouds differ as furniture does. Half of the samples of a model that is
+not told the parts are of each kind.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from genkit.assembly.mirror import mirror_axis
 from genkit.assembly.nearest_grid import Surface
 from genkit.assembly.parts import PartSet
 from genkit.assembly.plausible import gap, overlap, pulled
 from genkit.assembly.point_model import PointModel
 from genkit.assembly.rigid import transform
-from genkit.assembly.search import Search, SearchConfig
+from genkit.assembly.search import Search
+from genkit.assembly.search_config import SearchConfig
 from genkit.assembly.surfaces import part_surface, template_surface
 from genkit.noise import mix
 
@@ -36,7 +41,8 @@ POINTS, FEW = 2048, 512  # of a template, and of a cloud that the model is asked
 ROUNDS = (0.7, 0.35)  # h of each; a model that is told the parts draws their sizes at once, and the first is left out
 FINAL = 0.35
 TRIED = 3  # assemblies on each template
-SURPRISE, TOLD_SURPRISE, OVERLAP, GAP = 0.02, 0.1, 0.05, 0.01  # set on generated objects of the validation split
+WEIGHTS = {"surprise": 0.2, "overlap": 0.02, "gap": 0.01, "asymmetry": 1.0}
+UNTOLD = 0.02  # weight of the surprise of a model that is not told the parts; all set on generated objects of the validation split
 QUICK = SearchConfig(
     candidates=64, rotations=64, voxel=0.06, starts=8, beam=4, rounds=1, renewed=1, exchanges=2, coarse=384, fine=512, last=2048,
     resolution=64,
@@ -48,15 +54,19 @@ class Opinion:
 
     Args:
         category: that the model is told.
+        samples: of the model, as templates in units.
         deviation: standard deviation of the model's clouds, over points and axes together, where it does not tell their scale.
 
     Example:
-        >>> Opinion(parts, model, "chair").scores(pose)["surprise"]
+        >>> Opinion(parts, model, "chair", templates).scores(search, poses)["surprise"]
     """
 
-    def __init__(self, parts: PartSet, model: PointModel, category: str | int | None, deviation: float = 1.0) -> None:
+    def __init__(
+        self, parts: PartSet, model: PointModel, category: str | int | None, samples: Sequence[Surface], deviation: float = 1.0
+    ) -> None:
         self.parts, self.model, self.category, self.deviation = parts, model, category, deviation
         self.surfaces = [part_surface(parts, i) for i in range(len(parts))]
+        self.axis = mirror_axis(samples)
 
     def cloud(self, pose: Tensor, count: int, seed: int) -> tuple[Tensor, float]:
         """Area-uniform samples (count, 3) of an assembly (P, 4, 4) as the model knows clouds, and their scale."""
@@ -68,17 +78,18 @@ class Opinion:
         scale = self.model.scale or self.deviation / float((y - centre).square().mean().sqrt())
         return (y - centre) * scale, scale
 
-    def scores(self, pose: Tensor) -> dict[str, float]:
-        """`surprise`, `overlap` and `gap` of an assembly (P, 4, 4) in units."""
+    def scores(self, search: Search, poses: Tensor) -> dict[str, Tensor]:
+        """`score` (F), `surprise`, `overlap`, `gap` and `asymmetry` (H,) of assemblies (H, P, 4, 4) on the template of a search."""
         size = min(getattr(self.model.denoiser.config, "sample_size", FEW), FEW)
-        clouds = torch.stack([self.cloud(pose, size, seed)[0] for seed in (0, 1)])
-        surprise = self.model.surprise(clouds, self.category)
-        return {"surprise": surprise, "overlap": overlap(self.parts, self.surfaces, pose), "gap": gap(self.parts, pose)}
-
-    def total(self, energy: float, scores: dict[str, float]) -> float:
-        """F of an assembly."""
-        surprise = SURPRISE if self.model.parts is None else TOLD_SURPRISE
-        return energy + surprise * scores["surprise"] + OVERLAP * scores["overlap"] + GAP * scores["gap"]
+        rows = []
+        for pose in poses:
+            clouds = torch.stack([self.cloud(pose, size, seed)[0] for seed in (0, 1)])
+            surprise = self.model.surprise(clouds, self.category)
+            rows.append((surprise, overlap(self.parts, self.surfaces, pose), gap(self.parts, pose)))
+        surprised, inside, apart = torch.tensor(rows).unbind(1)
+        terms = {"surprise": surprised, "overlap": inside, "gap": apart, "asymmetry": search.asymmetry(poses)}
+        weights = WEIGHTS | ({"surprise": UNTOLD} if self.model.parts is None else {})
+        return {"score": search.energy(poses) + sum(weight * terms[name] for name, weight in weights.items()), **terms}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,11 +143,11 @@ def imagine(
         tell("imagine", done / total)
         done += 1
         seeded = mix(seed, number)
-        search = Search(parts, template, QUICK, seed=seeded) if search is None else search.on(template, seeded)
+        search = Search(parts, template, QUICK, seed=seeded, axis=opinion.axis) if search is None else search.on(template, seeded)
         poses = both(parts, search.run(TRIED)[0])
-        totals = [opinion.total(float(e), opinion.scores(pose)) for e, pose in zip(search.energy(poses), poses, strict=True)]
-        least = min(range(len(poses)), key=totals.__getitem__)
-        return _Idea(template, scale, poses[least], totals[least])
+        scores = opinion.scores(search, poses)["score"]
+        least = int(scores.argmin())
+        return _Idea(template, scale, poses[least], float(scores[least]))
 
     ideas = [idea(template, scale, k) for k, (template, scale, _) in enumerate(templates)]
     if hasattr(opinion.model.denoiser, "draw"):  # it knows a shape by a latent, so it cannot be asked what it makes of another

@@ -261,3 +261,12 @@ def _principal_box(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     low, high = (points @ axes).min(0), (points @ axes).max(0)
     to_box = np.asarray(pose_matrix(torch.from_numpy(axes.T.copy()), torch.from_numpy(-(low + high) / 2)))
     return to_box, high - low
+
+
+def content_order(parts: PartSet) -> list[int]:
+    """An order of the parts that does not depend on the order that they came in."""
+    keys = [
+        (round(-float(a), 6), hashlib.sha256(p.numpy().tobytes()).hexdigest())
+        for a, p in zip(parts.areas, parts.points, strict=True)
+    ]
+    return sorted(range(len(parts)), key=keys.__getitem__)

@@ -1,10 +1,10 @@
 """Search and select: finds the poses of parts that make a template, from nowhere.
 
 1. Candidates of each shape, from everywhere (`candidates`).
-2. One candidate of each part so that together they make the template (`selection`): many orders, then pairs.
+2. One candidate of each part so that together they make the template (`selection`): many orders, then pairs. Where the whole is its
+   own mirror image, also of each part together with its image (`pairs`).
 3. The best choices are settled (`settle`), each part is put anew where the energy is least while the others stay, and parts that
-could
-   be taken for each other change places.
+   could be taken for each other change places.
 4. What was found joins the candidates, and steps 2 and 3 are repeated.
 
 Nothing depends on the pose that a part came in, or on the order of the parts: they are put in the order of their content first.
@@ -13,109 +13,29 @@ Nothing depends on the pose that a part came in, or on the order of the parts: t
 from __future__ import annotations
 
 import copy
-import dataclasses
-import hashlib
 import itertools
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from genkit.assembly.candidates import Anchors, propose, residual
+from genkit.assembly.candidates import propose, residual
 from genkit.assembly.density import DensityGrid
+from genkit.assembly.mirror import Mirror, asymmetry, split
 from genkit.assembly.nearest_grid import NearestGrid, Surface
-from genkit.assembly.parts import PartSet
-from genkit.assembly.rigid import invert, pose_matrix, transform
+from genkit.assembly.pairs import Measured, PairChoice
+from genkit.assembly.parts import PartSet, content_order
+from genkit.assembly.pools import Kind, Pool
+from genkit.assembly.rigid import pose_matrix
+from genkit.assembly.search_config import SearchConfig
 from genkit.assembly.selection import Costs, choose, improve_pairs, rank
 from genkit.assembly.settle import Settler
-from genkit.assembly.surfaces import Shape, part_surface, shapes_of
+from genkit.assembly.surfaces import part_surface, shapes_of
 from genkit.assembly.symmetry import box_rotations
-from genkit.assembly.units import ratio_near
 from genkit.noise import mix
 
+_APART = 0.01  # candidates that are nearer are one
 _ALIKE = 0.2  # boxes that differ less may be taken for each other
-_SAME_SCALE = (0.6, 1.6)  # a scan may lack hidden faces, and its area is an estimate; other units differ by more
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """How to search. Lengths are in units of the longest side of a part.
-
-    Args:
-        candidates: of each shape, with rotations of the cube; there are as many with others.
-        rotations: size of the even grid on SO(3).
-        voxel: of the volume of translations.
-        radius: between two candidates.
-        starts: orders of the parts that a choice begins with.
-        beam: assemblies that go on.
-        rounds: of choosing, settling and putting anew.
-        renewed: of the beam, how many have their parts put anew.
-        exchanges: pairs of parts that are tried in each other's place, in each round.
-        tau: distances are cut off here.
-        width: of the density of surface.
-        density_weight: of the energy's third term.
-        coarse, fine: points of the template that choices and that settled assemblies are compared on.
-        resolution: voxels of the template's table along its longest side; a part's has three quarters.
-
-    Raises:
-        ValueError: a value that is not positive.
-    """
-
-    candidates: int = 256
-    rotations: int = 384
-    voxel: float = 0.04
-    radius: float = 0.05
-    starts: int = 24
-    beam: int = 8
-    rounds: int = 2
-    renewed: int = 2
-    exchanges: int = 8
-    tau: float = 0.1
-    width: float = 0.03
-    density_weight: float = 1e-3
-    coarse: int = 768
-    fine: int = 1024
-    last: int = 4096
-    resolution: int = 96
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if not getattr(self, field.name) > 0:
-                raise ValueError(f"{field.name}={getattr(self, field.name)} must be positive.")
-
-
-class _Kind:
-    """A shape of parts, and what is asked of it on any template."""
-
-    def __init__(self, shape: Shape, config: SearchConfig) -> None:
-        samples = shape.surface
-        self.shape = shape
-        self.grid = NearestGrid(samples, config.tau, config.resolution * 3 // 4)
-        self.rho = DensityGrid(samples.points, torch.full((len(samples),), shape.area / len(samples)), config.width)
-        self.anchors = Anchors(samples.points, shape.symmetry)
-
-
-class _Pool:
-    """The candidates of one shape, and what each has on the template's coarse points; those that are added come first."""
-
-    def __init__(self, kind: _Kind, template: NearestGrid, points: Surface) -> None:
-        self.shape, self.template, self.coarse = kind.shape, template, points
-        self.grid, self.rho, self.anchors = kind.grid, kind.rho, kind.anchors
-        self.poses = torch.empty(0, 4, 4)
-        self.cover, self.density = torch.empty(0, len(points)), torch.empty(0, len(points))
-        self.residual = torch.empty(0)
-
-    def add(self, poses: Tensor, radius: float | None = None) -> None:
-        """More candidates (K, 4, 4); with a radius, only those that are so far apart from each other."""
-        lies = residual(self.shape.surface, poses, self.template)
-        if radius is not None:
-            kept = self.anchors.apart(poses, lies, len(poses), radius)
-            poses, lies = poses[kept], lies[kept]
-        local = transform(self.coarse.points, invert(poses))
-        cover = self.grid.squared(local, self.coarse.normals @ poses[:, :3, :3])
-        self.poses, self.residual = torch.cat([poses, self.poses]), torch.cat([lies, self.residual])
-        self.cover, self.density = torch.cat([cover, self.cover]), torch.cat([self.rho(local), self.density])
 
 
 class Search:
@@ -126,6 +46,8 @@ class Search:
         template: samples of the template, in units of the parts.
         seed: of the orders that are tried.
         on_stage: called with the name of a stage that begins and the share of the work that is done.
+        axis: across which the whole is its own mirror image (`genkit.assembly.mirror`); None if it is not known to be. Then an
+            assembly's asymmetry adds to its energy.
 
     Example:
         >>> poses, energy = Search(parts, template_surface(scan, parts.unit)).run()      # (H, P, 4, 4) and (H,), best first
@@ -133,8 +55,9 @@ class Search:
 
     def __init__(
         self, parts: PartSet, template: Surface, config: SearchConfig | None = None, seed: int = 0,
-        on_stage: Callable[[str, float], None] | None = None,
+        on_stage: Callable[[str, float], None] | None = None, *, axis: int | None = None,
     ) -> None:  # fmt: skip
+        self.axis = axis
         self.order = content_order(parts)
         self.parts, self.config = parts[self.order], config or SearchConfig()
         self.shapes = shapes_of(self.parts, [part_surface(self.parts, i) for i in range(len(parts))])
@@ -143,7 +66,7 @@ class Search:
             for i in shape.members:
                 self.shape_of[i] = k
         self.rivals = self._rivals()
-        self.kinds = [_Kind(shape, self.config) for shape in self.shapes]
+        self.kinds = [Kind(shape, self.config) for shape in self.shapes]
         self._prepare(template, seed, on_stage)
 
     def on(self, template: Surface, seed: int = 0, on_stage: Callable[[str, float], None] | None = None) -> Search:
@@ -158,11 +81,12 @@ class Search:
         self.trace: list[Tensor] = []  # the best assembly (P, 4, 4) after each stage of `run`
         config, total = self.config, float(self.parts.areas.sum())
         self.template = template
+        self.mirror = None if self.axis is None else Mirror.of(template, self.axis)
         self.grid = NearestGrid(template, config.tau, config.resolution)
         rho = DensityGrid(template.points, template.areas * (total / template.areas.sum()), config.width)(template.points)
         mixed = torch.randperm(len(template), generator=torch.Generator().manual_seed(mix(len(template), 2)))
         self.coarse, self.coarse_rho = template[mixed[: config.coarse]], rho[mixed[: config.coarse]]
-        self.pools = [_Pool(kind, self.grid, self.coarse) for kind in self.kinds]
+        self.pools = [Pool(kind, self.grid, self.coarse) for kind in self.kinds]
         self.shares = self.parts.areas / total
         few = [self.shapes[k].surface[torch.arange(128)] for k in self.shape_of]
         x, normals = torch.stack([s.points for s in few]), torch.stack([s.normals for s in few])
@@ -184,7 +108,8 @@ class Search:
         for turn in range(config.rounds):
             share = 0.4 + 0.55 * turn / config.rounds
             self.tell("select", share)
-            beam = self._best(torch.cat([beam, self._select()]), config.beam)
+            chosen = [self._select()] if self.mirror is None else [self._select(), self._select_pairs(self.mirror)]
+            beam = self._best(torch.cat([beam, *chosen]), config.beam)
             self.tell("settle", share + 0.25 / config.rounds)
             beam = self._best(torch.cat([beam, self._renew(beam[: config.renewed])]), 4 * config.beam)
             self.trace += self._in_frames(beam[:1])
@@ -198,7 +123,7 @@ class Search:
             beam = better
             self.trace += self._in_frames(beam[:1])
         poses, energy = self.exact.settle(beam[:keep], 8)
-        best = energy.argsort(stable=True)
+        best = (energy + self._irregular(poses)).argsort(stable=True)
         self.tell("finish", 1.0)
         return self._in_frames(poses[best]), energy[best]
 
@@ -224,15 +149,60 @@ class Search:
             pool.add(found.poses)
 
     def _select(self) -> Tensor:
-        config, pools = self.config, self.pools
-        costs = Costs(
-            [p.cover for p in pools], [p.density for p in pools], [p.residual for p in pools], self.shape_of, self.shares,
-            self.coarse_rho, config.tau**2, density_weight=config.density_weight,
-        )  # fmt: skip
+        config, pools, costs = self.config, self.pools, self._costs()
         found = choose(costs, config.starts, self.generator)[: config.beam]
         better = rank(costs, [improve_pairs(costs, choice) for _, choice in found])
         chosen = [torch.stack([pools[k].poses[c] for k, c in zip(self.shape_of, choice, strict=True)]) for _, choice in better]
         return self.quick.settle(torch.stack(chosen), 6)[0]
+
+    def _costs(self) -> Costs:
+        pools = self.pools
+        return Costs(
+            [p.cover for p in pools], [p.density for p in pools], [p.residual for p in pools], self.shape_of, self.shares,
+            self.coarse_rho, self.config.tau**2, density_weight=self.config.density_weight,
+        )  # fmt: skip
+
+    def _select_pairs(self, mirror: Mirror) -> Tensor:
+        """As `_select`, each part together with its image, or across the plane."""
+        config, parted = self.config, []
+        for kind, pool in zip(self.kinds, self.pools, strict=True):
+            if kind.own is None:
+                parted.append((pool.poses, pool.poses[:0]))
+            else:
+                single, one = split(pool.poses, pool.anchors, mirror, kind.own)
+                parted.append((self._apart(kind, single), self._apart(kind, one)))
+        choice = PairChoice(
+            [shape.members for shape in self.shapes], [kind.own for kind in self.kinds], parted, mirror, self._measured
+        )
+        found = choice.choose(self._costs(), config.patterns, max(2, config.starts // 4), config.beam, self.generator)
+        return self.quick.settle(found, 6)[0] if len(found) else found
+
+    def _apart(self, kind: Kind, poses: Tensor) -> Tensor:
+        """Those of candidates (K, 4, 4) that differ, best first."""
+        if len(poses) == 0:
+            return poses
+        lies = residual(kind.shape.surface, poses, self.grid)
+        return poses[kind.anchors.apart(poses, lies, len(poses), _APART)]
+
+    def _measured(self, k: int, poses: Tensor) -> Measured:
+        """What poses (K, 4, 4) of shape k have on the template."""
+        pool = Pool(self.kinds[k], self.grid, self.coarse)
+        pool.add(poses)
+        return pool.cover, pool.density, pool.residual
+
+    def asymmetry(self, poses: Tensor) -> Tensor:
+        """How far assemblies (H, P, 4, 4) are from their mirror images (H,), see `genkit.assembly.mirror`; zero without a plane."""
+        return self._asymmetry(torch.stack([self.to_shapes(pose) for pose in poses]))
+
+    def _asymmetry(self, poses: Tensor) -> Tensor:
+        if self.mirror is None:
+            return torch.zeros(len(poses))
+        grids = [self.kinds[k].grid for k in self.shape_of]
+        return asymmetry(poses, self.quick.x, self.quick.normals, self.shares, grids, self.mirror)
+
+    def _irregular(self, poses: Tensor) -> Tensor:
+        """What is added to the energy where there is a plane."""
+        return self.config.asymmetry_weight * self._asymmetry(poses)
 
     def _renew(self, assemblies: Tensor) -> Tensor:
         """Each part put anew, in a random order, then settled."""
@@ -274,7 +244,7 @@ class Search:
         return sorted((pair for pair in apart if apart[pair] < _ALIKE), key=apart.__getitem__)[: self.config.exchanges]
 
     def _best(self, assemblies: Tensor, count: int) -> Tensor:
-        return assemblies[self.quick.energy(assemblies).argsort(stable=True)[:count]]
+        return assemblies[(self.quick.energy(assemblies) + self._irregular(assemblies)).argsort(stable=True)[:count]]
 
     def _learn(self, beam: Tensor) -> None:
         """What the beam has joins the candidates: of a shape's own parts, and, for exchanges, of shapes with about the same box."""
@@ -284,7 +254,7 @@ class Search:
             for other in self.shapes:
                 if other is not shape and (self._box(first) - self._box(other.members[0])).abs().max() < _ALIKE:
                     more += [(beam[:3, i, None] @ self._flips(first)).flatten(0, 1) for i in other.members]
-            pool.add(torch.cat(more), radius=0.01)
+            pool.add(torch.cat(more), radius=_APART)
 
     def _in_frames(self, poses: Tensor) -> Tensor:
         """From poses of the shapes to poses of the parts' own frames, in the order of the input."""
@@ -303,35 +273,3 @@ class Search:
             for i, turn in zip(shape.members, shape.turns, strict=True):
                 placed[i, :3, :3] = placed[i, :3, :3] @ turn.T.float()
         return placed
-
-
-def content_order(parts: PartSet) -> list[int]:
-    """An order of the parts that does not depend on the order that they came in."""
-    keys = [
-        (round(-float(a), 6), hashlib.sha256(p.numpy().tobytes()).hexdigest())
-        for a, p in zip(parts.areas, parts.points, strict=True)
-    ]
-    return sorted(range(len(parts)), key=keys.__getitem__)
-
-
-def scale_of(parts: PartSet, template: Surface) -> float:
-    """How many times larger than the parts a template is that may be a scan of them; 1 where it is about as large.
-
-    Where it is measured in other units, most likely, it is their ratio: areas alone tell the scale to some percent only.
-    """
-    scale = area_scale(parts, template)
-    return 1.0 if _SAME_SCALE[0] < scale < _SAME_SCALE[1] else ratio_near(scale)
-
-
-def area_scale(parts: PartSet, template: Surface) -> float:
-    """How many times larger than the parts a template is, by areas.
-
-    The area of a cloud is estimated, and comes out too small where boards are thinner than its points are apart (to a quarter on
-    some furniture); so the parts' area is estimated from samples that are as sparse.
-    """
-    total, shown = float(parts.areas.sum()), 0.0
-    for i, area in enumerate(parts.areas.tolist()):
-        surface = part_surface(parts, i)
-        count = min(len(surface), max(32, round(len(template) * area / total)))
-        shown += float(Surface(surface.points[:count], surface.normals[:count]).areas.sum())
-    return math.sqrt(float(template.areas.sum()) / shown)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from genkit import noise
-from genkit.assembly import PartSet
+from genkit.assembly import PartSet, Search
 from genkit.assembly.descriptors import FEATURES, part_features
-from genkit.assembly.imagined import Opinion, imagine, samples
+from genkit.assembly.imagined import UNTOLD, WEIGHTS, Opinion, imagine, samples
 from genkit.assembly.plausible import APART, gap, overlap, pulled
 from genkit.assembly.point_model import SURPRISED_AT, PointModel
 from genkit.assembly.surfaces import part_surface, template_surface
@@ -121,8 +121,13 @@ def test_a_model_is_told_the_parts_and_they_tell_the_scale() -> None:
     assert Told.told == [None, None]
     assert silent.scale == told.scale
     # What it finds rough counts for more where it knows what the parts can make.
-    scores = {"surprise": 1.0, "overlap": 0.0, "gap": 0.0}
-    assert Opinion(parts, told, "chair").total(0.0, scores) > Opinion(parts, silent, "chair").total(0.0, scores)
+    templates = [template_surface(cloud, scale=told.scale) for cloud in clouds]
+    search = Search(parts, templates[0])
+    knows, guesses = (Opinion(parts, of, "chair", templates).scores(search, parts.poses[None]) for of in (told, silent))
+    assert knows["surprise"] == guesses["surprise"] > 0
+    assert knows["score"] - guesses["score"] == pytest.approx((WEIGHTS["surprise"] - UNTOLD) * float(knows["surprise"]), rel=1e-4)
+    energy = float(search.energy(parts.poses[None]))
+    assert knows["score"] == pytest.approx(energy + sum(weight * float(knows[name]) for name, weight in WEIGHTS.items()), rel=1e-4)
 
 
 def test_templates_of_a_model_that_knows_the_shape_are_the_shape() -> None:
@@ -131,8 +136,9 @@ def test_templates_of_a_model_that_knows_the_shape_are_the_shape() -> None:
     cloud = torch.from_numpy(whole - whole.mean(0)).float()
     exact, known = model(4096)
     known.copy_(cloud)
-    opinion = Opinion(parts, exact, "chair", float(cloud.square().mean().sqrt()))
-    found = imagine(parts, opinion, [(template_surface(cloud), 1.0, torch.zeros(3))] * 2, keep=1)
+    template = template_surface(cloud)
+    opinion = Opinion(parts, exact, "chair", [template] * 2, float(cloud.square().mean().sqrt()))
+    found = imagine(parts, opinion, [(template, 1.0, torch.zeros(3))] * 2, keep=1)
     assert len(found) == 1
     template, scale, _ = found[0]
     assert scale == pytest.approx(1, abs=0.03)
