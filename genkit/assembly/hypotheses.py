@@ -97,7 +97,7 @@ def judge(search: Search, parts: PartSet, poses: Tensor, opinion: Opinion | None
     scores = {"energy": energy, "coverage": covered, "fit": fit, "pieces": pieces, "residual": residual}
     if opinion is None:
         return {"score": energy, **scores}
-    return {**scores, **opinion.scores(search, poses)}
+    return {**scores, **opinion.scores(search, poses, energy)}
 
 
 def loose_pieces(parts: PartSet, pose: Tensor) -> int:

@@ -58,7 +58,7 @@ class Opinion:
         deviation: standard deviation of the model's clouds, over points and axes together, where it does not tell their scale.
 
     Example:
-        >>> Opinion(parts, model, "chair", templates).scores(search, poses)["surprise"]
+        >>> Opinion(parts, model, "chair", templates).scores(search, poses, search.energy(poses))["surprise"]
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class Opinion:
         scale = self.model.scale or self.deviation / float((y - centre).square().mean().sqrt())
         return (y - centre) * scale, scale
 
-    def scores(self, search: Search, poses: Tensor) -> dict[str, Tensor]:
-        """`score` (F), `surprise`, `overlap`, `gap` and `asymmetry` (H,) of assemblies (H, P, 4, 4) on the template of a search."""
+    def scores(self, search: Search, poses: Tensor, energy: Tensor) -> dict[str, Tensor]:
+        """`score` (F), `surprise`, `overlap`, `gap` and `asymmetry` (H,) of assemblies (H, P, 4, 4) of an energy (H,)."""
         size = min(getattr(self.model.denoiser.config, "sample_size", FEW), FEW)
         rows = []
         for pose in poses:
@@ -89,7 +89,7 @@ class Opinion:
         surprised, inside, apart = torch.tensor(rows).unbind(1)
         terms = {"surprise": surprised, "overlap": inside, "gap": apart, "asymmetry": search.asymmetry(poses)}
         weights = WEIGHTS | ({"surprise": UNTOLD} if self.model.parts is None else {})
-        return {"score": search.energy(poses) + sum(weight * terms[name] for name, weight in weights.items()), **terms}
+        return {"score": energy + sum(weight * terms[name] for name, weight in weights.items()), **terms}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,7 +145,7 @@ def imagine(
         seeded = mix(seed, number)
         search = Search(parts, template, QUICK, seed=seeded, axis=opinion.axis) if search is None else search.on(template, seeded)
         poses = both(parts, search.run(TRIED)[0])
-        scores = opinion.scores(search, poses)["score"]
+        scores = opinion.scores(search, poses, search.energy(poses))["score"]
         least = int(scores.argmin())
         return _Idea(template, scale, poses[least], float(scores[least]))
 

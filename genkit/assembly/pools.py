@@ -33,7 +33,7 @@ class Pool:
 
     def __init__(self, kind: Kind, template: NearestGrid, points: Surface) -> None:
         self.shape, self.template, self.coarse = kind.shape, template, points
-        self.grid, self.rho, self.anchors, self.own = kind.grid, kind.rho, kind.anchors, kind.own
+        self.grid, self.rho, self.anchors = kind.grid, kind.rho, kind.anchors
         self.poses = torch.empty(0, 4, 4)
         self.cover, self.density = torch.empty(0, len(points)), torch.empty(0, len(points))
         self.residual = torch.empty(0)

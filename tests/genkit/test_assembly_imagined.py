@@ -123,11 +123,12 @@ def test_a_model_is_told_the_parts_and_they_tell_the_scale() -> None:
     # What it finds rough counts for more where it knows what the parts can make.
     templates = [template_surface(cloud, scale=told.scale) for cloud in clouds]
     search = Search(parts, templates[0])
-    knows, guesses = (Opinion(parts, of, "chair", templates).scores(search, parts.poses[None]) for of in (told, silent))
+    energy = search.energy(parts.poses[None])
+    knows, guesses = (Opinion(parts, of, "chair", templates).scores(search, parts.poses[None], energy) for of in (told, silent))
     assert knows["surprise"] == guesses["surprise"] > 0
     assert knows["score"] - guesses["score"] == pytest.approx((WEIGHTS["surprise"] - UNTOLD) * float(knows["surprise"]), rel=1e-4)
-    energy = float(search.energy(parts.poses[None]))
-    assert knows["score"] == pytest.approx(energy + sum(weight * float(knows[name]) for name, weight in WEIGHTS.items()), rel=1e-4)
+    terms = sum(weight * float(knows[name]) for name, weight in WEIGHTS.items())
+    assert knows["score"] == pytest.approx(float(energy) + terms, rel=1e-4)
 
 
 def test_templates_of_a_model_that_knows_the_shape_are_the_shape() -> None:
