@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genkit.assembly import point_transformer, pointwise  # noqa: F401  (diffusers finds saved classes among loaded modules)
 from genkit.assembly.couplings import Coupling, Target, TemplateTarget
-from genkit.assembly.hypotheses import Verdict, distinct, judge, verdict
+from genkit.assembly.hypotheses import Verdict, agreement, distinct, judge, verdict
 from genkit.assembly.imagined import Opinion, Template, both, imagine, samples
 from genkit.assembly.nearest_grid import Surface
 from genkit.assembly.parts import PartSet, content_order
@@ -41,8 +41,9 @@ class PartAssemblyOutput(BaseOutput):
         motions: (H, P, 4, 4), float64, of the parts as they came, in the lengths of the input.
         points: the parts' samples in place (H, P, N, 3), in units.
         scale: (H,), how many times larger than the parts the template was.
-        scores: `score`, by which they are ranked, `energy`, `coverage`, `fit`, `pieces` (H,) and `residual` (H, P), with a model
-            also the terms of `score` (H,), see `genkit.assembly.imagined`; none of them knows the truth.
+        scores: `score`, by which they are ranked, `energy`, `coverage`, `fit`, `pieces` (H,) and `residual` (H, P). With a model
+            also the terms of `score`, see `genkit.assembly.imagined`, and `agreement` (H,), by which they are ranked then: what
+            share of the parts lies as in the likely assemblies. None of them knows the truth.
         template_ids: (H,), which template each was found on.
         equivalence: of each part, the number of the first part of its shape.
         verdict: how sure one can be of the first.
@@ -185,9 +186,9 @@ class PartAssemblyPipeline(DiffusionPipeline):
             found.append(self._assembled(parts, template, searcher, how, rows, opinion))
         assert searcher is not None  # there is a template at least
         tell("rank", 1.0)
-        out = _ranked(parts, found, searcher, num_hypotheses, order, centre=opinion is not None)
-        if return_history:
-            out.history = [_unsorted(step, order, 0) for step in found[int(out.template_ids[0])].history]
+        out = _ranked(parts, found, searcher, num_hypotheses, order, imagined=opinion is not None)
+        if not return_history:
+            out.history = None
         if output_type == "np":
             for name in ("poses", "motions", "points", "scale", "template_ids"):
                 out[name] = out[name].numpy()
@@ -224,7 +225,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
         best = scores["score"].argsort(stable=True)
         best = best[torch.tensor(distinct(searcher, poses[best]))]
         kept = {key: value[best] for key, value in scores.items()}
-        return _Found(scale, poses[best], kept, [step[best[0]] for step in history])
+        return _Found(scale, poses[best], kept, [step[best] for step in history])
 
     @classmethod
     def from_zoo(cls, model: str) -> PartAssemblyPipeline:
@@ -321,7 +322,7 @@ def _in_units(parts: PartSet, cloud: Tensor, scale: float | None) -> Template:
 
 @dataclasses.dataclass
 class _Found:
-    """Distinct assemblies on one template, best first, and how the first was refined."""
+    """Distinct assemblies (H, P, 4, 4) on one template, best first, and how they were refined."""
 
     scale: float
     poses: Tensor
@@ -369,33 +370,46 @@ def _thinned(template: Surface, count: int = 1024) -> Tensor:
 
 
 def _ranked(
-    parts: PartSet, found: list[_Found], searcher: Search, count: int, order: list[int], *, centre: bool
+    parts: PartSet, found: list[_Found], searcher: Search, count: int, order: list[int], *, imagined: bool
 ) -> PartAssemblyOutput:
     """What was found on all templates, best first, the parts in the order that they came in."""
     poses = torch.cat([f.poses for f in found])
+    if imagined:
+        poses = parts.centred(poses)  # where the origin is means nothing then
     scores = {key: torch.cat([f.scores[key] for f in found]) for key in found[0].scores}
-    templates = torch.cat([torch.full((len(f.poses),), k) for k, f in enumerate(found)])
-    scale = torch.cat([torch.full((len(f.poses),), f.scale) for f in found])
+    templates, rows = (
+        torch.tensor(ids) for ids in zip(*((k, i) for k, f in enumerate(found) for i in range(len(f.poses))), strict=True)
+    )
     best = scores["score"].argsort(stable=True)
     if len(found) > 1:
         best = best[torch.tensor(distinct(searcher, poses[best]))]
     best = best[:count]
-    scores = {key: value[best] for key, value in scores.items()}
+    if imagined:
+        agree = agreement(searcher, poses[best], scores["score"][best])
+        scores["agreement"] = torch.zeros(len(poses), dtype=torch.float64).index_copy(0, best, agree)
+        best = best[agree.argsort(descending=True, stable=True)]
+    poses, scores = poses[best], {key: value[best] for key, value in scores.items()}
+    first = found[int(templates[best[0]])]
+    history = [_unsorted(step[int(rows[best[0]])], order, 0) for step in first.history]
+    scale = torch.tensor([found[k].scale for k in templates[best].tolist()])
     sure = verdict(scores)
     scores["residual"] = _unsorted(scores["residual"], order, 1)
-    first = [0] * len(parts)
-    for shape in searcher.shapes:
-        rows = sorted(order[searcher.order[i]] for i in shape.members)
-        for i in rows:
-            first[i] = rows[0]
-    poses = poses[best]
-    if centre:
-        poses = parts.centred(poses)
     motions, points = parts.to_input(poses), transform(parts.points.double(), poses)
     return PartAssemblyOutput(
         poses=_unsorted(poses, order, 1), motions=_unsorted(motions, order, 1), points=_unsorted(points, order, 1),
-        scale=scale[best], scores=scores, template_ids=templates[best], equivalence=first, verdict=sure,
+        scale=scale, scores=scores, template_ids=templates[best], equivalence=_equivalence(searcher, order),
+        verdict=sure, history=history,
     )  # fmt: skip
+
+
+def _equivalence(searcher: Search, order: list[int]) -> list[int]:
+    """Of each part, in the order that they came in, the number of the first part of its shape."""
+    first = [0] * len(order)
+    for shape in searcher.shapes:
+        members = sorted(order[searcher.order[i]] for i in shape.members)
+        for i in members:
+            first[i] = members[0]
+    return first
 
 
 def _unsorted(values: Tensor, order: list[int], axis: int) -> Tensor:

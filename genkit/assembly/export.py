@@ -25,6 +25,7 @@ from genkit.assembly.surfaces import part_surface
 from genkit.files import write_atomic
 
 VIEWS = 8  # of the turntable
+WRITTEN = ("energy", "coverage", "fit", "pieces", "agreement")  # scores of each hypothesis
 MOST_TRIANGLES = 200_000  # of a page; meshes with more are shown as samples of their surface
 
 
@@ -38,7 +39,7 @@ def write_poses(file: Path, parts: PartSet, poses: Tensor, scores: dict[str, Ten
     motions = parts.to_input(poses)
     hypotheses = []
     for h, matrices in enumerate(motions):
-        values = {key: scores[key][h].item() for key in ("energy", "coverage", "fit", "pieces")}
+        values = {key: scores[key][h].item() for key in WRITTEN if key in scores}
         hypotheses.append({**values, "matrices": matrices.tolist()})
     named = [
         {"name": name, "matrix": motion.tolist(), "class": int(number), "residual": residual.item() * parts.unit}

@@ -1,11 +1,17 @@
 """Which of the assemblies that were found differ, how good each is without the truth, and how sure one can be of the best.
 
-Two assemblies are the same if parts of one shape can be exchanged so that each, but for a twentieth of the surface, lies within
-`radius` (r.m.s., whatever its symmetry) of where it lies in the other. An assembly is judged by the energy of the search, by how
-much of the template it covers and how much of its own surface lies on it, and by into how many pieces it falls. What the best one
-is worth is said in one word:
+Parts of two assemblies agree, parts of one shape exchanged, if they lie within `radius` of each other (r.m.s., whatever their
+symmetry). Assemblies are the same if all parts do but for a twentieth of the surface. An assembly is judged by the energy of the
+search, by how much of the template it covers and how much of its own surface lies on it, and by into how many pieces it falls.
 
-    clear        no other is within 5 % of its energy
+On what a model imagines none of the assemblies may be right as a whole, and the least score F may be right in less than others are.
+The first is the one of which the most is to be expected (minimum Bayes risk: Kumar and Byrne 2004, aclanthology.org/N04-1022):
+
+    A(g) = sum_k p_k (share of the parts of g that agree with g_k),     p = softmax(-F / T)
+
+over the assemblies found. What the first one is worth is said in one word:
+
+    clear        no other is better than it or within 5 % of its energy
     ambiguous    others are
     poor         more than a tenth of the template is bare, or of the parts' surface lies elsewhere
 """
@@ -13,6 +19,7 @@ is worth is said in one word:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +39,7 @@ ELSEWHERE = 0.05  # share of the surface that may lie elsewhere in assemblies th
 NEAR = 0.05  # a place that is nearer than this counts as covered
 TIE = 0.05  # share of the energy within which assemblies tie
 POOR = 0.9
+TEMPERATURE = 1.2e-3  # T, set on generated chairs of the validation split; A of the first is what share of its parts is right there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Verdict:
 
     Args:
         word: clear, ambiguous or poor.
-        tied: assemblies whose scores are within 5 % of the best one's energy, with it.
+        tied: assemblies whose scores are better than the first one's or within 5 % of its energy, with it.
         text: the same in a sentence.
     """
 
@@ -59,16 +67,35 @@ def distinct(search: Search, poses: Tensor, radius: float = RADIUS) -> list[int]
     return kept
 
 
+def agreement(search: Search, poses: Tensor, score: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """A (H,) of assemblies (H, P, 4, 4) of scores F (H,): what share of its parts lie as in the likely ones, in [0, 1]."""
+    shaped, likely = [search.to_shapes(pose) for pose in poses], (-score.double() / temperature).softmax(0)
+    agree = torch.eye(len(poses), dtype=torch.float64)
+    for h, k in itertools.combinations(range(len(poses)), 2):
+        agree[h, k] = agree[k, h] = sum(_agreeing(search, shaped[h], shaped[k], RADIUS)) / len(search.parts)
+    return agree @ likely
+
+
 def _same(search: Search, a: Tensor, b: Tensor, radius: float) -> bool:
-    elsewhere = 0.0
+    elsewhere = sum(
+        float(search.shares[shape.members[0]]) * (len(shape.members) - count)
+        for shape, count in zip(search.shapes, _agreeing(search, a, b, radius), strict=True)
+    )
+    return elsewhere <= ELSEWHERE
+
+
+def _agreeing(search: Search, a: Tensor, b: Tensor, radius: float) -> list[int]:
+    """Of each shape, how many parts of two assemblies (P, 4, 4), in poses of the shapes, can be matched."""
+    counts = []
     for shape, pool in zip(search.shapes, search.pools, strict=True):
         rows = torch.tensor(shape.members)
         y = transform(pool.anchors.points, a[rows]).flatten(1)
         images = transform(pool.anchors.images, b[rows][:, None]).flatten(2)
         apart = (y[:, None, None] - images[None]).square().sum(-1).amin(-1) / len(pool.anchors.points)
-        i, j = linear_sum_assignment(apart.numpy())
-        elsewhere += float(search.shares[rows[0]]) * int((apart[i, j] > radius**2).sum())
-    return elsewhere <= ELSEWHERE
+        elsewhere = (apart > radius**2).numpy()
+        i, j = linear_sum_assignment(elsewhere)
+        counts.append(len(i) - int(elsewhere[i, j].sum()))
+    return counts
 
 
 def judge(search: Search, parts: PartSet, poses: Tensor, opinion: Opinion | None = None) -> dict[str, Tensor]:
@@ -111,8 +138,11 @@ def verdict(scores: dict[str, Tensor]) -> Verdict:
     tied = int((score <= score[0] + TIE * float(scores["energy"][0])).sum())
     coverage, fit = float(scores["coverage"][0]), float(scores["fit"][0])
     if min(coverage, fit) < POOR:
-        text = f"poor: {coverage:.0%} of the template is covered, {fit:.0%} of the parts' surface lies on it"
-        return Verdict("poor", tied, text)
-    if tied > 1:
-        return Verdict("ambiguous", tied, f"ambiguous: {tied} hypotheses within {TIE:.0%}")
-    return Verdict("clear", tied, "clear: no other hypothesis is near")
+        word, text = "poor", f"{coverage:.0%} of the template is covered, {fit:.0%} of the parts' surface lies on it"
+    elif tied > 1:
+        word, text = "ambiguous", f"{tied} hypotheses within {TIE:.0%}"
+    else:
+        word, text = "clear", "no other hypothesis is near"
+    if "agreement" in scores and len(score) > 1:
+        text += f"; the likely ones agree on {float(scores['agreement'][0]):.0%} of its parts"
+    return Verdict(word, tied, f"{word}: {text}")

@@ -6,7 +6,7 @@ The model is told the parts, if it takes them (`genkit.assembly.descriptors`). D
 (SDEdit: Meng et al. 2021, arXiv 2108.01073): it has the parts' own sizes, and what is impossible about it goes. Assemblies are
 compared by
 
-    F(g) = E(g; S) + 0.2 surprise(g) + asymmetry(g) + 0.02 overlap(g) + 0.01 gap(g)
+    F(g) = E(g; S) + 0.2 surprise(g) + asymmetry(g) + 0.01 overlap(g) + 0.01 gap(g)
 
 (0.02 surprise of a model that is not told the parts). E is the search's energy; surprise the model's error at low noise,
 |eps - eps_theta|^2, on the same noise for all; the others are those of `genkit.assembly.mirror`, where the samples have a plane,
@@ -37,11 +37,12 @@ from genkit.assembly.surfaces import part_surface, template_surface
 from genkit.noise import mix
 
 Template = tuple[Surface, float, Tensor]  # in units, the scale to the lengths of the model or a reference, and the centre
-POINTS, FEW = 2048, 512  # of a template, and of a cloud that the model is asked about
+POINTS, FEW = 2048, 512  # of a template, and of such a cloud at most
 ROUNDS = (0.7, 0.35)  # h of each; a model that is told the parts draws their sizes at once, and the first is left out
 FINAL = 0.35
+CLOUDS = 4  # of an assembly, that the model is asked about
 TRIED = 3  # assemblies on each template
-WEIGHTS = {"surprise": 0.2, "overlap": 0.02, "gap": 0.01, "asymmetry": 1.0}
+WEIGHTS = {"surprise": 0.2, "overlap": 0.01, "gap": 0.01, "asymmetry": 1.0}
 UNTOLD = 0.02  # weight of the surprise of a model that is not told the parts; all set on generated objects of the validation split
 QUICK = SearchConfig(
     candidates=64, rotations=64, voxel=0.06, starts=8, beam=4, rounds=1, renewed=1, exchanges=2, coarse=384, fine=512, last=2048,
@@ -83,7 +84,7 @@ class Opinion:
         size = min(getattr(self.model.denoiser.config, "sample_size", FEW), FEW)
         rows = []
         for pose in poses:
-            clouds = torch.stack([self.cloud(pose, size, seed)[0] for seed in (0, 1)])
+            clouds = torch.stack([self.cloud(pose, size, seed)[0] for seed in range(CLOUDS)])
             surprise = self.model.surprise(clouds, self.category)
             rows.append((surprise, overlap(self.parts, self.surfaces, pose), gap(self.parts, pose)))
         surprised, inside, apart = torch.tensor(rows).unbind(1)

@@ -134,6 +134,8 @@ class _Job:
         seconds = time.process_time() - began
         measures = evaluate(out.poses, parts, how["protocol"])
         best = measures.get("best_part_accuracy", measures["part_accuracy"])
+        if "agreement" in out.scores:
+            measures["agreement"] = float(out.scores["agreement"][0])
         return {
             **measures, "first_is_best": measures["part_accuracy"] >= best, "hypotheses": len(out.poses),
             "verdict": out.verdict.word, "tied": out.verdict.tied, "energy": float(out.scores["energy"][0]), "seconds": seconds,
@@ -145,8 +147,10 @@ class _Job:
         from genkit.assembly import summarise
 
         seconds = [row["seconds"] for row in self.rows]
+        agreement = [row["agreement"] for row in self.rows if "agreement" in row]
         return {
             **summarise(self.rows), "first_is_best": mean(row["first_is_best"] for row in self.rows),
+            **({"agreement": mean(agreement)} if agreement else {}),
             "seconds_median": median(seconds), "seconds_max": max(seconds),
         }  # fmt: skip
 

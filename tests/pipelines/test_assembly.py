@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,8 @@ from diffusers import DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
-from genkit.assembly import PartSet, evaluate, transform
-from genkit.assembly.hypotheses import loose_pieces, verdict
+from genkit.assembly import PartSet, Search, evaluate, template_surface, transform
+from genkit.assembly.hypotheses import TEMPERATURE, agreement, loose_pieces, verdict
 from genkit.assembly.point_model import PointModel
 from genkit.assembly.refinement import refine
 from genkit.assembly.rigid import angle
@@ -159,7 +160,9 @@ def test_what_the_model_imagines_is_ranked_by_what_it_and_common_sense_say(parts
         on_stage=lambda name, share: told.append((name, share)),
     )  # fmt: skip
     assert {"surprise", "overlap", "gap"} <= set(out.scores)
-    assert torch.equal(out.scores["score"], out.scores["score"].sort().values)
+    agree = out.scores["agreement"]
+    assert torch.equal(agree, agree.sort(descending=True).values)
+    assert 0 < agree[-1] <= agree[0] <= 1
     middle = (parts.areas.double()[:, None] * out.points[0].mean(1)).sum(0)
     assert middle.abs().max() < 1e-6  # the centroid of the surface is where a model's clouds have it
     shares = [share for _, share in told]
@@ -185,6 +188,23 @@ def test_pieces_of_an_assembly_are_counted(parts: PartSet) -> None:
     apart = parts.poses.clone()
     apart[0, 0, 3] += 3
     assert loose_pieces(parts, apart) > 1
+
+
+def test_agreement_is_the_expected_share_of_parts_in_place(parts: PartSet, scan: Tensor) -> None:
+    search, n = Search(parts, template_surface(scan, parts.unit), QUICK), len(parts)
+    poses = parts.poses[None].repeat(3, 1, 1, 1)
+    poses[1:, 0, 0, 3] += 0.5
+    poses[2, 1, 1, 3] += 0.5
+    # Of two of three equally likely assemblies one part lies elsewhere in turn, so that the middle one has most in common with all.
+    even = agreement(search, poses, torch.zeros(3))
+    assert even.tolist() == pytest.approx([(n - 1) / n, (n - 2 / 3) / n, (n - 1) / n])
+    likely = agreement(search, poses, TEMPERATURE * torch.tensor([0.0, math.log(2), 1e3]))
+    assert likely.tolist() == pytest.approx(
+        [2 / 3 + (n - 1) / n / 3, 2 / 3 * (n - 1) / n + 1 / 3, 2 / 3 * (n - 2) / n + (n - 1) / n / 3]
+    )
+    exchanged = parts.poses.clone()
+    exchanged[[2, 3]] = parts.poses[[3, 2]]  # two legs
+    assert agreement(search, torch.stack([parts.poses, exchanged]), torch.zeros(2)).tolist() == [1, 1]
 
 
 def test_what_ties_is_ambiguous_and_what_is_bare_is_poor() -> None:
