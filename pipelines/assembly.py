@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genkit.assembly import point_transformer, pointwise  # noqa: F401  (diffusers finds saved classes among loaded modules)
 from genkit.assembly.couplings import Coupling, Target, TemplateTarget
-from genkit.assembly.hypotheses import Verdict, agreement, distinct, judge, verdict
+from genkit.assembly.hypotheses import Assemblies, Verdict, judge, verdict
 from genkit.assembly.imagined import Opinion, Template, both, imagine, samples
 from genkit.assembly.nearest_grid import Surface
 from genkit.assembly.parts import PartSet, content_order
@@ -174,7 +174,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
         )  # fmt: skip
         axis = None if opinion is None else opinion.axis
         searcher: Search | None = None
-        found: list[_Found] = []
+        found: list[Assemblies] = []
         for k, template in enumerate(templates):
 
             def stage(name: str, done: float, k: int = k) -> None:
@@ -183,12 +183,11 @@ class PartAssemblyPipeline(DiffusionPipeline):
             of, seeded = template[0], mix(seed, k)
             searcher = searcher.on(of, seeded, stage) if searcher else Search(parts, of, search, seeded, stage, axis=axis)
             rows = range(k, num_hypotheses, len(templates))
-            found.append(self._assembled(parts, template, searcher, how, rows, opinion))
+            found.append(self._assembled(parts, template, k, searcher, how, rows, opinion))
         assert searcher is not None  # there is a template at least
         tell("rank", 1.0)
-        out = _ranked(parts, found, searcher, num_hypotheses, order, imagined=opinion is not None)
-        if not return_history:
-            out.history = None
+        best = Assemblies.ranked(found, searcher, parts, num_hypotheses, imagined=opinion is not None)
+        out = _output(parts, best, searcher, order, history=return_history)
         if output_type == "np":
             for name in ("poses", "motions", "points", "scale", "template_ids"):
                 out[name] = out[name].numpy()
@@ -196,8 +195,8 @@ class PartAssemblyPipeline(DiffusionPipeline):
         return out if return_dict else out.to_tuple()
 
     def _assembled(
-        self, parts: PartSet, template: Template, searcher: Search, how: _How, rows: range, opinion: Opinion | None
-    ) -> _Found:
+        self, parts: PartSet, template: Template, number: int, searcher: Search, how: _How, rows: range, opinion: Opinion | None
+    ) -> Assemblies:
         """What is found on a template, as the hypotheses number `rows` (more, if there are more)."""
         surface, scale, centre = template
         if how.init == "search":
@@ -221,11 +220,10 @@ class PartAssemblyPipeline(DiffusionPipeline):
             poses = _refined(parts, poses, target, how, history)
         if how.init == "given" and how.coupling != "index":
             poses = searcher.settled(poses)
+        count = len(poses)
+        steps = [[step[h] for step in history] for h in range(count)]
         scores = judge(searcher, parts, poses, opinion)
-        best = scores["score"].argsort(stable=True)
-        best = best[torch.tensor(distinct(searcher, poses[best]))]
-        kept = {key: value[best] for key, value in scores.items()}
-        return _Found(scale, poses[best], kept, [step[best] for step in history])
+        return Assemblies(poses, scores, torch.full((count,), scale), torch.full((count,), number), steps).distinct(searcher)
 
     @classmethod
     def from_zoo(cls, model: str) -> PartAssemblyPipeline:
@@ -320,16 +318,6 @@ def _in_units(parts: PartSet, cloud: Tensor, scale: float | None) -> Template:
     return template_surface(cloud, scale=scale), scale, torch.zeros(3)
 
 
-@dataclasses.dataclass
-class _Found:
-    """Distinct assemblies (H, P, 4, 4) on one template, best first, and how they were refined."""
-
-    scale: float
-    poses: Tensor
-    scores: dict[str, Tensor]
-    history: list[Tensor]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _How:
     """How poses are found on a template; see the arguments of the pipeline's call."""
@@ -369,36 +357,14 @@ def _thinned(template: Surface, count: int = 1024) -> Tensor:
     return template.points[torch.randperm(len(template), generator=generator)[:count]]
 
 
-def _ranked(
-    parts: PartSet, found: list[_Found], searcher: Search, count: int, order: list[int], *, imagined: bool
-) -> PartAssemblyOutput:
-    """What was found on all templates, best first, the parts in the order that they came in."""
-    poses = torch.cat([f.poses for f in found])
-    if imagined:
-        poses = parts.centred(poses)  # where the origin is means nothing then
-    scores = {key: torch.cat([f.scores[key] for f in found]) for key in found[0].scores}
-    templates, rows = (
-        torch.tensor(ids) for ids in zip(*((k, i) for k, f in enumerate(found) for i in range(len(f.poses))), strict=True)
-    )
-    best = scores["score"].argsort(stable=True)
-    if len(found) > 1:
-        best = best[torch.tensor(distinct(searcher, poses[best]))]
-    best = best[:count]
-    if imagined:
-        agree = agreement(searcher, poses[best], scores["score"][best])
-        scores["agreement"] = torch.zeros(len(poses), dtype=torch.float64).index_copy(0, best, agree)
-        best = best[agree.argsort(descending=True, stable=True)]
-    poses, scores = poses[best], {key: value[best] for key, value in scores.items()}
-    first = found[int(templates[best[0]])]
-    history = [_unsorted(step[int(rows[best[0]])], order, 0) for step in first.history]
-    scale = torch.tensor([found[k].scale for k in templates[best].tolist()])
-    sure = verdict(scores)
-    scores["residual"] = _unsorted(scores["residual"], order, 1)
-    motions, points = parts.to_input(poses), transform(parts.points.double(), poses)
+def _output(parts: PartSet, best: Assemblies, searcher: Search, order: list[int], *, history: bool) -> PartAssemblyOutput:
+    """The best assemblies, the parts in the order that they came in."""
+    scores = {**best.scores, "residual": _unsorted(best.scores["residual"], order, 1)}
+    motions, points = parts.to_input(best.poses), transform(parts.points.double(), best.poses)
     return PartAssemblyOutput(
-        poses=_unsorted(poses, order, 1), motions=_unsorted(motions, order, 1), points=_unsorted(points, order, 1),
-        scale=scale, scores=scores, template_ids=templates[best], equivalence=_equivalence(searcher, order),
-        verdict=sure, history=history,
+        poses=_unsorted(best.poses, order, 1), motions=_unsorted(motions, order, 1), points=_unsorted(points, order, 1),
+        scale=best.scale, scores=scores, template_ids=best.templates, equivalence=_equivalence(searcher, order),
+        verdict=verdict(scores), history=[_unsorted(step, order, 0) for step in best.history[0]] if history else None,
     )  # fmt: skip
 
 

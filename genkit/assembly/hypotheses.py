@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,6 +56,56 @@ class Verdict:
     word: str
     tied: int
     text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Assemblies:
+    """H assemblies that were found.
+
+    Args:
+        poses: (H, P, 4, 4), in units.
+        scores: as `judge` gives them, the first axis H.
+        scale: (H,), of the template that each was found on.
+        templates: (H,), its number.
+        history: of each, the poses (P, 4, 4) that it came from, one after the other.
+    """
+
+    poses: Tensor
+    scores: dict[str, Tensor]
+    scale: Tensor
+    templates: Tensor
+    history: list[list[Tensor]]
+
+    @classmethod
+    def ranked(cls, groups: Sequence[Assemblies], search: Search, parts: PartSet, count: int, *, imagined: bool) -> Assemblies:
+        """The best of those that were found on all templates, at most `count`; by agreement, if a model imagined the templates."""
+        scores = {key: torch.cat([group.scores[key] for group in groups]) for key in groups[0].scores}
+        poses, scale, templates = (
+            torch.cat([getattr(group, name) for group in groups]) for name in ("poses", "scale", "templates")
+        )
+        if imagined:
+            poses = parts.centred(poses)  # where the origin is means nothing then
+        best = cls(poses, scores, scale, templates, [steps for group in groups for steps in group.history])
+        best = best.distinct(search) if len(groups) > 1 else best
+        best = best[torch.arange(min(count, len(best.poses)))]
+        return best.by_agreement(search) if imagined else best
+
+    def __getitem__(self, rows: Tensor) -> Assemblies:
+        scores = {key: value[rows] for key, value in self.scores.items()}
+        return Assemblies(
+            self.poses[rows], scores, self.scale[rows], self.templates[rows], [self.history[i] for i in rows.tolist()]
+        )
+
+    def distinct(self, search: Search) -> Assemblies:
+        """Those that differ, the least score first."""
+        found = self[self.scores["score"].argsort(stable=True)]
+        return found[torch.tensor(distinct(search, found.poses))]
+
+    def by_agreement(self, search: Search) -> Assemblies:
+        """The same with `agreement` among the scores, the most first."""
+        agree = agreement(search, self.poses, self.scores["score"])
+        scores = {**self.scores, "agreement": agree}
+        return dataclasses.replace(self, scores=scores)[agree.argsort(descending=True, stable=True)]
 
 
 def distinct(search: Search, poses: Tensor, radius: float = RADIUS) -> list[int]:
