@@ -186,7 +186,7 @@ class PartAssemblyPipeline(DiffusionPipeline):
             found.append(self._assembled(parts, template, k, searcher, how, rows, opinion))
         assert searcher is not None  # there is a template at least
         tell("rank", 1.0)
-        best = Assemblies.ranked(found, searcher, parts, num_hypotheses, imagined=opinion is not None)
+        best = Assemblies.ranked(found, searcher, parts, num_hypotheses, opinion)
         out = _output(parts, best, searcher, order, history=return_history)
         if output_type == "np":
             for name in ("poses", "motions", "points", "scale", "template_ids"):

@@ -77,18 +77,22 @@ class Assemblies:
     history: list[list[Tensor]]
 
     @classmethod
-    def ranked(cls, groups: Sequence[Assemblies], search: Search, parts: PartSet, count: int, *, imagined: bool) -> Assemblies:
+    def ranked(
+        cls, groups: Sequence[Assemblies], search: Search, parts: PartSet, count: int, opinion: Opinion | None
+    ) -> Assemblies:
         """The best of those that were found on all templates, at most `count`; by agreement, if a model imagined the templates."""
         scores = {key: torch.cat([group.scores[key] for group in groups]) for key in groups[0].scores}
         poses, scale, templates = (
             torch.cat([getattr(group, name) for group in groups]) for name in ("poses", "scale", "templates")
         )
-        if imagined:
+        if opinion is not None:
             poses = parts.centred(poses)  # where the origin is means nothing then
         best = cls(poses, scores, scale, templates, [steps for group in groups for steps in group.history])
         best = best.distinct(search) if len(groups) > 1 else best
         best = best[torch.arange(min(count, len(best.poses)))]
-        return best.by_agreement(search) if imagined else best
+        if opinion is None:
+            return best
+        return dataclasses.replace(best, scores=opinion.closer(best.poses, best.scores)).by_agreement(search)
 
     def __getitem__(self, rows: Tensor) -> Assemblies:
         scores = {key: value[rows] for key, value in self.scores.items()}

@@ -40,7 +40,7 @@ Template = tuple[Surface, float, Tensor]  # in units, the scale to the lengths o
 POINTS, FEW = 2048, 512  # of a template, and of such a cloud at most
 ROUNDS = (0.7, 0.35)  # h of each; a model that is told the parts draws their sizes at once, and the first is left out
 FINAL = 0.35
-CLOUDS = 4  # of an assembly, that the model is asked about
+CLOUDS, MANY = 16, 64  # of an assembly, that the model is asked about, and of one that is returned: fewer tell by their noise
 TRIED = 3  # assemblies on each template
 WEIGHTS = {"surprise": 0.2, "overlap": 0.01, "gap": 0.01, "asymmetry": 1.0}
 UNTOLD = 0.02  # weight of the surprise of a model that is not told the parts; all set on generated objects of the validation split
@@ -68,29 +68,40 @@ class Opinion:
         self.parts, self.model, self.category, self.deviation = parts, model, category, deviation
         self.surfaces = [part_surface(parts, i) for i in range(len(parts))]
         self.axis = mirror_axis(samples)
+        self.weights = WEIGHTS | ({"surprise": UNTOLD} if model.parts is None else {})
 
     def cloud(self, pose: Tensor, count: int, seed: int) -> tuple[Tensor, float]:
         """Area-uniform samples (count, 3) of an assembly (P, 4, 4) as the model knows clouds, and their scale."""
+        return self._sampled(transform(self.parts.points.double(), pose.double()), count, seed)
+
+    def _sampled(self, placed: Tensor, count: int, seed: int) -> tuple[Tensor, float]:
         generator = torch.Generator().manual_seed(mix(seed, 5))
         owner = torch.multinomial(self.parts.areas / self.parts.areas.sum(), count, replacement=True, generator=generator)
         rows = torch.randint(self.parts.points.shape[1], (count,), generator=generator)
-        y = transform(self.parts.points.double(), pose.double())[owner, rows].float()
+        y = placed[owner, rows].float()
         centre = y.mean(0)
         scale = self.model.scale or self.deviation / float((y - centre).square().mean().sqrt())
         return (y - centre) * scale, scale
 
+    def surprise(self, pose: Tensor, count: int = CLOUDS) -> float:
+        """What the model makes of clouds of an assembly (P, 4, 4), `count` of them."""
+        size = min(getattr(self.model.denoiser.config, "sample_size", FEW), FEW)
+        placed = transform(self.parts.points.double(), pose.double())
+        clouds = torch.stack([self._sampled(placed, size, seed)[0] for seed in range(count)])
+        return self.model.surprise(clouds, self.category)
+
     def scores(self, search: Search, poses: Tensor, energy: Tensor) -> dict[str, Tensor]:
         """`score` (F), `surprise`, `overlap`, `gap` and `asymmetry` (H,) of assemblies (H, P, 4, 4) of an energy (H,)."""
-        size = min(getattr(self.model.denoiser.config, "sample_size", FEW), FEW)
-        rows = []
-        for pose in poses:
-            clouds = torch.stack([self.cloud(pose, size, seed)[0] for seed in range(CLOUDS)])
-            surprise = self.model.surprise(clouds, self.category)
-            rows.append((surprise, overlap(self.parts, self.surfaces, pose), gap(self.parts, pose)))
+        rows = [(self.surprise(pose), overlap(self.parts, self.surfaces, pose), gap(self.parts, pose)) for pose in poses]
         surprised, inside, apart = torch.tensor(rows).unbind(1)
         terms = {"surprise": surprised, "overlap": inside, "gap": apart, "asymmetry": search.asymmetry(poses)}
-        weights = WEIGHTS | ({"surprise": UNTOLD} if self.model.parts is None else {})
-        return {"score": energy + sum(weight * terms[name] for name, weight in weights.items()), **terms}
+        return {"score": energy + sum(weight * terms[name] for name, weight in self.weights.items()), **terms}
+
+    def closer(self, poses: Tensor, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same scores of assemblies (H, P, 4, 4), with the surprise of many clouds."""
+        surprised = torch.tensor([self.surprise(pose, MANY) for pose in poses])
+        score = scores["score"] + self.weights["surprise"] * (surprised - scores["surprise"])
+        return {**scores, "score": score, "surprise": surprised}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -146,19 +146,19 @@ class PointModel:
         return x
 
     @torch.no_grad()
-    def surprise(self, clouds: Tensor, category: str | int | None = None, *, draws: int = 4) -> float:
+    def surprise(self, clouds: Tensor, category: str | int | None = None, *, batch_size: int = 16) -> float:
         """Mean squared error of the predicted noise of clouds (B, N, 3), at low noise: how rough the model finds them.
 
-        The noise is the same at each call, so differences between clouds are not those of the noise.
+        The noise of cloud i is the same at each call, so differences between sets of clouds are not those of the noise.
         """
         label, step = self.label(category), self.nearest(SURPRISED_AT)
         abar = self.scheduler.alphas_cumprod[step]
-        eps = noise.normal(list(range(draws)), tuple(clouds.shape[1:])).to(clouds)
         errors = []
-        for cloud in clouds:
-            noisy = abar.sqrt() * cloud + (1 - abar).sqrt() * eps
-            errors.append((self.eps(noisy, step, label, self.context([0] * draws)) - eps).square().mean())
-        return float(torch.stack(errors).mean())
+        for rows in torch.arange(len(clouds)).split(batch_size):
+            eps = noise.normal(rows.tolist(), tuple(clouds.shape[1:])).to(clouds)
+            noisy = abar.sqrt() * clouds[rows] + (1 - abar).sqrt() * eps
+            errors.append((self.eps(noisy, step, label, self.context([0] * len(rows))) - eps).square().mean((1, 2)))
+        return float(torch.cat(errors).mean())
 
     def target(self, category: str | int | None, scale: float, centre: Tensor, seeds: list[int]) -> Target:
         """Targets of assemblies in units, one seed of noise (and of a latent) for each; fresh noise at each call."""
