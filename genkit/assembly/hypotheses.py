@@ -40,7 +40,9 @@ ELSEWHERE = 0.05  # share of the surface that may lie elsewhere in assemblies th
 NEAR = 0.05  # a place that is nearer than this counts as covered
 TIE = 0.05  # share of the energy within which assemblies tie
 POOR = 0.9
-TEMPERATURE = 1.2e-3  # T, set on generated chairs of the validation split; A of the first is what share of its parts is right there
+TEMPERATURE = (
+    7e-4  # T, set on generated chairs of the validation split, where A of the first is about the share of its parts that is right
+)
 
 
 @dataclasses.dataclass(frozen=True)
