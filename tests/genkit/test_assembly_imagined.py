@@ -127,6 +127,12 @@ def test_a_model_is_told_the_parts_and_they_tell_the_scale() -> None:
     knows, guesses = (Opinion(parts, of, "chair", templates).scores(search, parts.poses[None], energy) for of in (told, silent))
     assert knows["surprise"] == guesses["surprise"] > 0
     assert knows["score"] - guesses["score"] == pytest.approx((WEIGHTS["surprise"] - UNTOLD) * float(knows["surprise"]), rel=1e-4)
+    # Of one that is returned the model sees more clouds.
+    more = Opinion(parts, told, "chair", templates).closer(parts.poses[None], knows)
+    assert more["surprise"] != knows["surprise"]
+    assert more["score"] - knows["score"] == pytest.approx(
+        WEIGHTS["surprise"] * float(more["surprise"] - knows["surprise"]), rel=1e-3
+    )
     terms = sum(weight * float(knows[name]) for name, weight in WEIGHTS.items())
     assert knows["score"] == pytest.approx(float(energy) + terms, rel=1e-4)
 
