@@ -220,9 +220,8 @@ class PartAssemblyPipeline(DiffusionPipeline):
             poses = _refined(parts, poses, target, how, history)
         if how.init == "given" and how.coupling != "index":
             poses = searcher.settled(poses)
-        count = len(poses)
-        steps = [[step[h] for step in history] for h in range(count)]
-        scores = judge(searcher, parts, poses, opinion)
+        scores, count = judge(searcher, parts, poses, opinion), len(poses)
+        steps = [list(one) for one in zip(*history, strict=True)]
         return Assemblies(poses, scores, torch.full((count,), scale), torch.full((count,), number), steps).distinct(searcher)
 
     @classmethod

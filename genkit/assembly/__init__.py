@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "couplings": ["DenoisedTarget", "Target", "TemplateTarget", "soft_targets"],
         "distances": ["chamfer", "nearest"],
         "equivalence": ["geometry_classes", "match_parts"],
-        "hypotheses": ["Verdict", "distinct", "agreement", "judge", "verdict"],
+        "hypotheses": ["Verdict", "agreement", "distinct", "judge", "verdict"],
         "imagined": ["Opinion", "imagine"],
         "metrics": ["PROTOCOLS", "evaluate", "find_contacts", "summarise"],
         "nearest_grid": ["NearestGrid", "Surface"],

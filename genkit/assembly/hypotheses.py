@@ -40,9 +40,7 @@ ELSEWHERE = 0.05  # share of the surface that may lie elsewhere in assemblies th
 NEAR = 0.05  # a place that is nearer than this counts as covered
 TIE = 0.05  # share of the energy within which assemblies tie
 POOR = 0.9
-TEMPERATURE = (
-    7e-4  # T, set on generated chairs of the validation split, where A of the first is about the share of its parts that is right
-)
+TEMPERATURE = 7e-4  # T, set on generated chairs of the validation split; there A of the first is about what is right of it
 
 
 @dataclasses.dataclass(frozen=True)
