@@ -13,6 +13,8 @@ import griffe
 
 
 class LazyExports(griffe.Extension):
+    """Shows what packages export lazily, and examples as code."""
+
     def on_module_members(self, *, node: Any, mod: griffe.Module, **kwargs: Any) -> None:
         """Give a package its lazy names, and say that they are its public ones."""
         exported = [name for names in lazy_names(node).values() for name in names]

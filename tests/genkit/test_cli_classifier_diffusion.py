@@ -88,8 +88,9 @@ def test_resume_goes_on_and_another_run_is_refused(trained: tuple[Path, dict], d
     assert result.output == ""
     log = [json.loads(line) for line in (out / "training" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [2, 3, 4, 5]
-    message = train("--data", data, "--out", out, *QUICK, "--channels", "32", "--resume", code=2).stderr
-    assert "was made with other block_out_channels. Use another --out." in message
+    for option, value, name in (("--channels", "32", "block_out_channels"), ("--label-dropout", 0.0, "label_dropout")):
+        message = train("--data", data, "--out", out, *QUICK, option, value, "--resume", code=2).stderr
+        assert f"was made with other {name}. Use another --out." in message
 
 
 def test_interrupted(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,12 +256,13 @@ def _require_same_run(
     settings = {
         "classes": classes, "pictures": len(source), "vae": config.vae, "size": size, "seed": config.train.seed,
         "block_out_channels": list(config.block_out_channels), "layers_per_block": config.layers_per_block,
-        "dropout": config.dropout, "times": config.times,
+        "dropout": config.dropout, "label_dropout": config.label_dropout, "times": config.times, "held_out": config.held_out,
     }  # fmt: skip
     file = work / "settings.json"
     if file.exists():
         found = json.loads(file.read_text())
-        changed = [key for key, value in settings.items() if found.get(key) != value]
+        # A run of an earlier version may not have noted all of these.
+        changed = [key for key, value in settings.items() if found.get(key, value) != value]
         if not resume:
             raise ValueError(f"{str(work)!r} already holds a run. Use --resume to go on with it, or another --out.")
         if changed:
