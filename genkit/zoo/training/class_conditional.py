@@ -261,8 +261,7 @@ def _require_same_run(
     file = work / "settings.json"
     if file.exists():
         found = json.loads(file.read_text())
-        # A run of an earlier version may not have noted all of these.
-        changed = [key for key, value in settings.items() if found.get(key, value) != value]
+        changed = [key for key, value in settings.items() if found.get(key) != value]
         if not resume:
             raise ValueError(f"{str(work)!r} already holds a run. Use --resume to go on with it, or another --out.")
         if changed:
